@@ -1,0 +1,371 @@
+"""SparseAdamW: AdamW on the selected entries of weight matrices, with states of length K.
+
+Letters: K selected entries of one parameter. Sparse parameters have a `SparseState` outside `optimizer.state`, because
+`Optimizer.load_state_dict` casts state tensors to the parameter's dtype, which would round indices; dense parameters
+(a new classifier head) have the state of an ordinary AdamW.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lift_lightning import indices as layout
+from lift_lightning.functional import adamw_update
+from lift_lightning.sparse_state import SparseState, working_dtype
+
+# The hook that releases a parameter's gradient, so that a newer optimizer on the same model can take it over.
+_RELEASE_HOOKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class SparseAdamW(Optimizer):
+    """AdamW on K selected entries of each sparse parameter, and on all entries of each dense one.
+
+    Indices come from outside: `set_indices` gives a parameter its selection, before the first step and at every
+    refresh. Gradients of sparse parameters are read in a post-accumulate hook, entry by entry, and the dense gradient
+    is dropped at once, so that the dense gradients of a whole model never exist together. Steps whose gradients are
+    not finite change nothing and are counted in `skipped_steps`, without a host synchronisation.
+
+    Args:
+        params: groups from `build_param_groups`. A group with `sparse=True` is trained at its indices only.
+        lr: learning rate.
+        betas: decay rates of the moments. Bias correction counts the steps of the parameter, not of the entry (paper,
+            Algorithm 1): the first update of an entry that a late refresh adds is (1-beta1)/sqrt(1-beta2) times lr,
+            0.45 for beta2 = 0.95 and 3.16 for beta2 = 0.999.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, on selected entries only.
+        state_dtype: dtype of the moments of sparse parameters (float64 for float64 weights in any case).
+        master_weights: keep a float32 copy of the selected entries, so that updates smaller than half a unit of the
+            weight's dtype are not lost. None means for bfloat16 and float16 weights only.
+        release_gradients: False leaves the dense gradients in place until `step` reads them.
+
+    Raises:
+        ValueError: if a hyperparameter is out of range or the dtype is not floating point.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        state_dtype: torch.dtype | str = torch.float32,
+        master_weights: bool | None = None,
+        release_gradients: bool = True,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers of at least 0 and below 1, got {betas}")
+        dtype = getattr(torch, state_dtype, None) if isinstance(state_dtype, str) else state_dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"state_dtype must be a floating dtype, got {state_dtype}")
+        self.state_dtype = dtype
+        self.master_weights = master_weights
+        self.release_gradients = release_gradients
+        self.thin_state_dict = False
+        self.attempted_steps = 0
+        self._sparse: dict[nn.Parameter, SparseState] = {}
+        self._names: dict[nn.Parameter, str] = {}
+        self._hooks: list[RemovableHandle] = []
+        weakref.finalize(self, _remove_hooks, self._hooks)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "sparse": False, "halves": None, "fused": True})
+        self.skipped_steps = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its `step` counters (and moments, where dense) are made at once, the same keys on every rank."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        names = group.get("param_names") or [f"{len(self.param_groups) - 1}.{i}" for i in range(len(group["params"]))]
+        for name, parameter in zip(names, group["params"], strict=True):
+            if name in self._names.values():
+                raise ValueError(f"two parameters are called {name!r}: checkpoints go by name, so give each its own")
+            self._names[parameter] = name
+            _drop_earlier_hook(parameter)
+            state = self.state[parameter]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            if not group["sparse"]:
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            else:
+                layout.flat_view(parameter)  # raises where there is none, before anything was changed
+                if self.release_gradients:
+                    self._hook(parameter)
+
+    # ---------------------------------------------------------------- selection
+
+    def sparse_parameters(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+        """(name, parameter, group) of every sparse parameter, in order."""
+        for group in self.param_groups:
+            if group["sparse"]:
+                for parameter in group["params"]:
+                    yield self._names[parameter], parameter, group
+
+    def is_selected(self, parameter: nn.Parameter) -> bool:
+        """Whether the parameter has its selection."""
+        return parameter in self._sparse
+
+    def has_selection(self) -> bool:
+        """Whether every sparse parameter has its selection."""
+        return all(self.is_selected(parameter) for _, parameter, _ in self.sparse_parameters())
+
+    def indices(self, parameter: nn.Parameter) -> Tensor:
+        """(K,) ascending flat indices of the entries of `parameter` that are trained.
+
+        Raises:
+            RuntimeError: before the first `set_indices`.
+        """
+        return self._state_of(parameter).indices
+
+    @torch.no_grad()
+    def set_indices(self, parameter: nn.Parameter, indices: Tensor) -> None:
+        """Give a sparse parameter its selection; to be called between steps.
+
+        Moments (and master weights) of entries that were selected before are kept, entries that are new start at
+        zero, dropped ones are forgotten (paper, Algorithm 1). Gradients that were collected so far are dropped.
+
+        Args:
+            parameter: one of a sparse group.
+            indices: (K,) flat indices, ascending and without repeats, any integer dtype and device.
+
+        Raises:
+            ValueError: if the parameter is not sparse here, or the indices are not as described.
+        """
+        if not any(parameter is p for _, p, _ in self.sparse_parameters()):
+            raise ValueError("the parameter is in no sparse group of this optimizer")
+        layout.check_indices(indices, parameter.numel(), self._names[parameter])
+        if parameter in self._sparse:
+            self._sparse[parameter] = self._sparse[parameter].reselected(parameter, indices)
+        else:
+            narrow = parameter.dtype != working_dtype(parameter)
+            master = narrow if self.master_weights is None else self.master_weights and narrow
+            self._sparse[parameter] = SparseState.first(parameter, indices, self.state_dtype, master)
+
+    def _state_of(self, parameter: nn.Parameter) -> SparseState:
+        try:
+            return self._sparse[parameter]
+        except KeyError:
+            raise RuntimeError(
+                f"parameter {self._names.get(parameter, '?')!r} has no selected entries yet: add "
+                "MaskRefreshCallback to the Trainer's callbacks, or call refresh_masks(optimizer, config) or "
+                "optimizer.set_indices(parameter, indices) before the first step"
+            ) from None
+
+    # ---------------------------------------------------------------- gradients
+
+    def _hook(self, parameter: nn.Parameter) -> None:
+        this = weakref.ref(self)
+
+        def release(parameter: nn.Parameter) -> None:
+            optimizer = this()
+            # Before the first selection the gradient stays where it is; step() raises in that case.
+            if optimizer is not None and parameter in optimizer._sparse:
+                optimizer._sparse[parameter].collect(parameter)
+
+        handle = parameter.register_post_accumulate_grad_hook(release)
+        self._hooks.append(handle)
+        _RELEASE_HOOKS[parameter] = handle
+
+    @torch.no_grad()
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the coming step: (K,) of sparse parameters, whole ones of dense parameters."""
+        for parameter, state in self._sparse.items():
+            if parameter.grad is not None:  # put there by hand, or by a backward without the hook
+                state.collect(parameter)
+        found = [state.grad for state in self._sparse.values() if state.has_grad]
+        for group in self.param_groups:
+            if not group["sparse"]:
+                found += [p.grad for p in group["params"] if p.grad is not None]
+        return found
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, those collected from the selected entries too."""
+        super().zero_grad(set_to_none)
+        for state in self._sparse.values():
+            state.has_grad = False
+
+    @torch.no_grad()
+    def scale_grads_(self, factor: Tensor | float) -> None:
+        """Multiply every gradient of the coming step by a number, or a 0-dim tensor on their device."""
+        grads = self.gradients()
+        if grads:
+            torch._foreach_mul_(grads, factor)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float = float("inf")) -> Tensor:
+        """Clip the global 2-norm over sparse and dense gradients together, as `torch.nn.utils.clip_grad_norm_`.
+
+        The norm is that of what is trained: entries that are not selected do not count.
+
+        Args:
+            max_norm: infinity measures only.
+
+        Returns:
+            0-dim norm before clipping.
+        """
+        grads = self.gradients()
+        norm = torch.nn.utils.get_total_norm(grads)
+        if grads and max_norm != float("inf"):
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def clip_grad_value_(self, clip_value: float) -> None:
+        """Clip every gradient entry to [-clip_value, clip_value]."""
+        grads = self.gradients()
+        if grads:
+            torch._foreach_clamp_min_(grads, -clip_value)
+            torch._foreach_clamp_max_(grads, clip_value)
+
+    # ---------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the selected entries of sparse parameters and all entries of dense ones.
+
+        Parameters without a gradient are left alone, as in torch. Nothing here waits for the device.
+
+        Raises:
+            RuntimeError: if a sparse parameter has no selection yet.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for _, parameter, _ in self.sparse_parameters():
+            self._state_of(parameter)
+        grads = self.gradients()
+        self.attempted_steps += 1
+        if not grads:
+            return loss
+        found_inf = (~torch.isfinite(torch.nn.utils.get_total_norm(grads))).to(torch.float32)
+        self.skipped_steps = self.skipped_steps.to(found_inf.device) + found_inf
+        for group in self.param_groups:
+            (self._step_sparse if group["sparse"] else self._step_dense)(group, found_inf)
+        return loss
+
+    def _step_sparse(self, group: dict[str, Any], found_inf: Tensor) -> None:
+        pairs = [(p, self._sparse[p]) for p in group["params"] if self._sparse[p].has_grad]
+        values = [state.values(parameter) for parameter, state in pairs]
+        adamw_update(
+            values,
+            [state.grad for _, state in pairs],
+            [state.exp_avg for _, state in pairs],
+            [state.exp_avg_sq for _, state in pairs],
+            [self.state[parameter]["step"] for parameter, _ in pairs],
+            found_inf=found_inf,
+            **_hyperparameters(group),
+        )
+        for (parameter, state), value in zip(pairs, values, strict=True):
+            layout.scatter(parameter, state.indices, value)
+
+    def _step_dense(self, group: dict[str, Any], found_inf: Tensor) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        adamw_update(
+            parameters,
+            [p.grad for p in parameters],
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [self.state[p]["step"] for p in parameters],
+            found_inf=found_inf,
+            **_hyperparameters(group),
+        )
+
+    # ---------------------------------------------------------------- state
+
+    def state_bytes(self) -> int:
+        """Bytes of indices, moments, masters and accumulators, and of the dense groups' moments."""
+        dense = [self.state[p] for group in self.param_groups if not group["sparse"] for p in group["params"]]
+        dense_bytes = sum(state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes for state in dense)
+        return dense_bytes + sum(state.nbytes() for state in self._sparse.values())
+
+    def sparse_state_dict(self) -> dict[str, Any]:
+        """Selections, moments, masters and pending gradients by parameter name; tensors and numbers only.
+
+        Gradients are there only between the micro-batches of one step, those of dense parameters too.
+        """
+        parameters = {
+            name: self._sparse[parameter].state_dict()
+            for name, parameter, _ in self.sparse_parameters()
+            if self.is_selected(parameter)
+        }
+        dense = [p for group in self.param_groups if not group["sparse"] for p in group["params"]]
+        return {
+            "attempted_steps": self.attempted_steps,
+            "skipped_steps": self.skipped_steps,
+            "parameters": parameters,
+            "dense_grads": {self._names[p]: p.grad for p in dense if p.grad is not None},
+        }
+
+    @torch.no_grad()
+    def load_sparse_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `sparse_state_dict` returned.
+
+        Raises:
+            ValueError: if the names or sizes are not those of this optimizer's sparse parameters.
+        """
+        saved = state_dict["parameters"]
+        mine = {name: parameter for name, parameter, _ in self.sparse_parameters()}
+        if saved and saved.keys() != mine.keys():
+            raise ValueError(
+                f"the checkpoint's selection is for {len(saved)} parameters, this optimizer has {len(mine)}: "
+                f"only in the checkpoint {sorted(saved.keys() - mine.keys())[:3]}, "
+                f"only here {sorted(mine.keys() - saved.keys())[:3]}; "
+                "resume with the target_modules of the run that wrote it"
+            )
+        for name, tensors in saved.items():
+            self.set_indices(mine[name], tensors["indices"])
+            self._sparse[mine[name]].load_state_dict(name, tensors)
+        named = {name: parameter for parameter, name in self._names.items()}
+        for name, grad in state_dict["dense_grads"].items():
+            named[name].grad = grad.to(named[name].device, copy=True)  # the next backward adds to it in place
+        self.attempted_steps = state_dict["attempted_steps"]
+        self.skipped_steps = state_dict["skipped_steps"].to(self.skipped_steps.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Torch's own leaves out everything but groups and state, and a copy's hooks would be those of the original.
+        raise TypeError(
+            "SparseAdamW can be neither copied nor pickled: build one for the copied model and load_state_dict into it"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state dict, with the sparse part under `sparse` unless a callback saves that (`thin_state_dict`)."""
+        state_dict = super().state_dict()
+        if not self.thin_state_dict:
+            state_dict["sparse"] = self.sparse_state_dict()
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; a thin one leaves the sparse part to `load_sparse_state_dict`."""
+        state_dict = dict(state_dict)
+        sparse = state_dict.pop("sparse", None)
+        super().load_state_dict(state_dict)
+        if sparse is not None:
+            self.load_sparse_state_dict(sparse)
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+
+
+def _drop_earlier_hook(parameter: nn.Parameter) -> None:
+    """Whatever the newer optimizer does with the parameter, the older one must not take its gradients away."""
+    earlier = _RELEASE_HOOKS.pop(parameter, None)
+    if earlier is not None:
+        earlier.remove()
+
+
+def _remove_hooks(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()

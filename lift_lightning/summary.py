@@ -1,0 +1,74 @@
+"""The table of what is trained sparsely, what densely, and what is frozen."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from rich.table import Table
+from torch import nn
+
+from lift_lightning.optimizer import SparseAdamW
+from lift_lightning.param_groups import clean_name
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One kind of parameter.
+
+    Attributes:
+        name: with layer numbers starred.
+        kind: `sparse`, `dense` or `frozen`.
+        tensors: how many parameters.
+        entries: how many numbers they hold.
+        trained: how many of those are trained.
+    """
+
+    name: str
+    kind: str
+    tensors: int
+    entries: int
+    trained: int
+
+
+def parameter_summary(model: nn.Module, optimizer: SparseAdamW) -> list[SummaryRow]:
+    """Rows for every kind of parameter of the model, sparse ones first. To be called after the first selection."""
+    trained: dict[int, tuple[str, int]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["sparse"]:
+                trained[id(parameter)] = ("sparse", optimizer.indices(parameter).numel())
+            else:
+                trained[id(parameter)] = ("dense", parameter.numel())
+    rows: dict[tuple[str, str], SummaryRow] = {}
+    for name, parameter in model.named_parameters():
+        kind, count = trained.get(id(parameter), ("frozen", 0))
+        starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", clean_name(name))
+        row = rows.get((kind, starred), SummaryRow(starred, kind, 0, 0, 0))
+        rows[kind, starred] = SummaryRow(
+            starred, kind, row.tensors + 1, row.entries + parameter.numel(), row.trained + count
+        )
+    return sorted(rows.values(), key=lambda row: ("sparse", "dense", "frozen").index(row.kind))
+
+
+def summary_table(rows: list[SummaryRow], optimizer: SparseAdamW) -> Table:
+    """The rows as a table with totals, and the size of the optimizer's state beside that of a full AdamW."""
+    entries, trained = sum(row.entries for row in rows), sum(row.trained for row in rows)
+    state = optimizer.state_bytes() / 2**20
+    table = Table(
+        title="What is trained",
+        caption=f"{trained:,} of {entries:,} parameters trained ({trained / entries:.2%}); optimizer state "
+        f"{state:,.1f} MiB, float32 AdamW on all of them would hold {entries * 8 / 2**20:,.1f} MiB",
+    )
+    table.add_column("parameter", overflow="fold")
+    table.add_column("kind")
+    for heading in ("tensors", "entries", "trained", "share"):
+        table.add_column(heading, justify="right")
+    previous = None
+    for row in rows:
+        if previous not in (None, row.kind):
+            table.add_section()
+        previous = row.kind
+        share = f"{row.trained / row.entries:.2%}" if row.trained else "-"
+        table.add_row(row.name, row.kind, str(row.tensors), f"{row.entries:,}", f"{row.trained:,}", share)
+    return table
