@@ -1,0 +1,1 @@
+"""Evaluation: tasks with their versions, generation, extraction of answers, scores, and prediction files."""
