@@ -1,0 +1,53 @@
+"""Losses as a sum and the number of things summed, so that a mean can be taken over any set of micro-batches.
+
+Letters: B sequences in a batch; T tokens of a sequence; V size of the vocabulary; C classes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100  # transformers' label of tokens that take no part in the loss
+
+
+class SummedLoss(NamedTuple):
+    """A loss before the division.
+
+    Attributes:
+        total: 0-dim float32 sum.
+        weight: 0-dim int64, the label tokens or examples summed over.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor) -> SummedLoss:
+    """Cross-entropy of each label token given what stands before it.
+
+    Args:
+        logits: (B, T, V); converted to float32.
+        labels: (B, T) token ids, -100 where there is nothing to learn.
+    """
+    targets = labels[:, 1:].reshape(-1)
+    predictions = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    total = F.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
+    return SummedLoss(total, (targets != IGNORED).sum())
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> SummedLoss:
+    """Cross-entropy of B examples over C classes, or squared error where the model has one output.
+
+    Args:
+        logits: (B, C).
+        labels: (B,) class numbers, or real targets where C is 1.
+    """
+    if logits.shape[1] == 1:
+        total = F.mse_loss(logits[:, 0].float(), labels.float(), reduction="sum")
+    else:
+        total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return SummedLoss(total, torch.tensor(labels.shape[0], device=logits.device))

@@ -1,0 +1,333 @@
+"""The LightningModule: fine-tunes a language model by manual optimization, with LIFT or in full."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, get_scheduler
+
+from lift_lightning.callbacks import MaskRefreshCallback
+from lift_lightning.evaluation.generation import GenerationSettings, generate
+from lift_lightning.evaluation.recorder import AnswerRecorder, summary_table
+from lift_lightning.losses import SummedLoss, causal_lm_loss, classification_loss
+from lift_lightning.models import keep_buffer_dtypes, load_model, load_tokenizer
+from lift_lightning.monitoring import StepMeter
+from lift_lightning.optimizer import SparseAdamW
+from lift_lightning.param_groups import build_param_groups
+from lift_lightning.rng import rng_state, set_rng_state
+
+CHECKPOINT_KEY = "lift_lightning_module"
+
+
+class LiftLightningModule(pl.LightningModule):
+    """A language model that is fine-tuned on its principal weights (arXiv 2506.00772).
+
+    Needs a `MaskRefreshCallback`, which selects the entries. Optimization is manual, so that gradients of the selected
+    entries can be taken out during the backward pass: accumulation and clipping are arguments here, not the Trainer's.
+    A batch of the Trainer is a micro-batch; `global_step`, `max_steps` and `every_n_train_steps` count optimizer steps.
+
+    Args:
+        model_name_or_path: hub id or local folder of a transformers model.
+        task: `causal_lm`, or `sequence_classification`.
+        num_labels: of a classification; 1 is a regression.
+        method: `lift` trains selected entries of the targeted matrices; `full` trains every parameter.
+        target_modules: what is trained sparsely: a preset (`all-linear`, `attention`, `mlp`, `q_proj`, ...), a regular
+            expression, or a list of either.
+        modules_to_train: what is trained densely, in the same notation. Parameters that the checkpoint does not have,
+            such as a new classifier head, always are.
+        lr: peak learning rate.
+        betas: AdamW's decay rates of the moments.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled, on trained entries only.
+        lr_scheduler_type: a schedule of transformers, such as `linear`, `cosine` or `constant_with_warmup`.
+        warmup_ratio: share of the steps over which the learning rate rises from 0.
+        accumulate_grad_batches: micro-batches to an optimizer step; fewer in the last step of an epoch.
+        gradient_clip_val: largest global norm of the trained entries' gradients; null does not clip.
+        loss_reduction: `token_mean` averages over all label tokens of the step, so that the split into micro-batches
+            does not matter; `micro_batch_mean` averages the means of the micro-batches, as the released code does.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        state_dtype: dtype of the moments of sparse parameters, `float32` or `bfloat16`.
+        master_weights: keep float32 copies of the selected entries; null means for bfloat16 weights.
+        attn_implementation: attention kernel of transformers, such as `sdpa`.
+        revision: of the model on the hub.
+        num_beams: of generation in `test` (the paper's code: 4).
+        max_new_tokens: of generation in `test`.
+        predictions_dir: where `test` writes predictions; `predictions` in the Trainer's default_root_dir if null.
+        unknown_tasks: how `test` scores a file that is none of the known tasks: by its `number`, or its `exact` text;
+            null refuses it.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    model: PreTrainedModel | None
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        task: Literal["causal_lm", "sequence_classification"] = "causal_lm",
+        num_labels: int | None = None,
+        method: Literal["lift", "full"] = "lift",
+        target_modules: str | list[str] = "all-linear",
+        modules_to_train: str | list[str] | None = None,
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        lr_scheduler_type: str = "linear",
+        warmup_ratio: float = 0.03,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        loss_reduction: Literal["token_mean", "micro_batch_mean"] = "token_mean",
+        gradient_checkpointing: bool = False,
+        state_dtype: Literal["float32", "bfloat16"] = "float32",
+        master_weights: bool | None = None,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        num_beams: int = 4,
+        max_new_tokens: int = 256,
+        predictions_dir: str | None = None,
+        unknown_tasks: Literal["number", "exact"] | None = None,
+    ) -> None:
+        super().__init__()
+        if accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+        if not 0 <= warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio must be between 0 and 1, got {warmup_ratio}")
+        if gradient_clip_val is not None and not gradient_clip_val > 0:
+            raise ValueError(f"gradient_clip_val must be above 0, or null not to clip, got {gradient_clip_val}")
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.model_name_or_path = model_name_or_path
+        self.model = None
+        self.new_parameters: list[str] = []
+        self.val_mean = MeanMetric()
+        self.meter = StepMeter()
+        self._accumulated = 0  # micro-batches since the last optimizer step
+        self._weight = torch.zeros(())  # label tokens (or micro-batches) since then
+        self._loss = torch.zeros(())  # sum of their losses
+        self._restored: dict[str, Any] | None = None
+
+    # ---------------------------------------------------------------- model and optimizer
+
+    def configure_model(self) -> None:
+        """Load the model, once, in the precision that the Trainer asks for."""
+        if self.model is not None:
+            return
+        hparams = self.hparams
+        model, self.new_parameters = load_model(
+            hparams.model_name_or_path,
+            task=hparams.task,
+            num_labels=hparams.num_labels,
+            revision=hparams.revision,
+            attn_implementation=hparams.attn_implementation,
+        )
+        if hparams.gradient_checkpointing:
+            # transformers before 5.20 or so has it under the older name only.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        self.model = model
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiftLightningModule:
+        # A Trainer in bf16-true casts buffers as well, and rotary frequencies in bfloat16 are another model.
+        with keep_buffer_dtypes(self):
+            return super()._apply(fn, recurse)
+
+    @property
+    def hf_model(self) -> PreTrainedModel:
+        """The transformers model, once it is loaded."""
+        assert self.model is not None, "configure_model() comes first"
+        return self.model
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """`SparseAdamW` and a transformers schedule that `training_step` steps, once for each optimizer step."""
+        hparams = self.hparams
+        lift = hparams.method == "lift"
+        new = [f"^{re.escape(name)}$" for name in self.new_parameters]
+        wanted = hparams.modules_to_train or []
+        dense = [*([wanted] if isinstance(wanted, str) else wanted), *new]
+        groups = build_param_groups(
+            self.hf_model,
+            target_modules=hparams.target_modules if lift else (),
+            modules_to_train=dense if lift else ".",
+        )
+        optimizer = SparseAdamW(
+            groups,
+            lr=hparams.lr,
+            betas=hparams.betas,
+            eps=hparams.eps,
+            weight_decay=hparams.weight_decay,
+            state_dtype=hparams.state_dtype,
+            master_weights=hparams.master_weights,
+        )
+        steps = self._total_steps()
+        scheduler = get_scheduler(
+            hparams.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=math.ceil(hparams.warmup_ratio * steps),
+            num_training_steps=steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches  # knows our accumulation from `setup`
+        if steps in (-1, float("inf")):
+            raise MisconfigurationException(
+                "the learning rate's schedule needs the length of the run: set trainer.max_steps or trainer.max_epochs"
+            )
+        return int(steps)
+
+    def setup(self, stage: str) -> None:
+        """Tell the Trainer how many micro-batches make a step, so that its counts and the loggers' axes are in steps.
+
+        Lightning refuses the argument under manual optimization, because it would not act on it; we do.
+        """
+        if stage == "fit":
+            self.trainer.accumulate_grad_batches = self.hparams.accumulate_grad_batches
+
+    def teardown(self, stage: str) -> None:
+        """Leave the Trainer as it was."""
+        if stage == "fit":
+            self.trainer.accumulate_grad_batches = 1
+
+    def on_fit_start(self) -> None:
+        """Refuse to train sparsely when nothing would select the entries."""
+        # Checkpoints are taken between optimizer steps, which is where a run can be resumed.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        if self.hparams.method == "lift" and not any(
+            isinstance(callback, MaskRefreshCallback) for callback in self.trainer.callbacks
+        ):
+            raise MisconfigurationException(
+                "method='lift' needs a MaskRefreshCallback to select the entries: Trainer(callbacks="
+                "[MaskRefreshCallback(interval=200, rank=128), ...])"
+            )
+
+    # ---------------------------------------------------------------- training
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """The model's own output."""
+        return self.hf_model(**inputs)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """On resume, continue the random numbers where the checkpoint left them, after all loaders were started."""
+        if self._restored is not None:
+            self._accumulated = self._restored["accumulated"]
+            self._weight = self._restored["weight"].to(self.device)
+            self._loss = self._restored["loss"].to(self.device)
+            set_rng_state(self._restored["rng"])
+            self._restored = None
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """One micro-batch; every `accumulate_grad_batches` of them, and at the end of an epoch, an optimizer step."""
+        loss = self._summed_loss(batch)
+        if self.hparams.loss_reduction == "token_mean":
+            summand, weight = loss
+        else:
+            summand, weight = loss.total / loss.weight.clamp(min=1), torch.ones_like(loss.weight)
+        self.manual_backward(summand)
+        self._accumulated += 1
+        self._weight = self._weight.to(weight.device) + weight
+        self._loss = self._loss.to(weight.device) + summand.detach()
+        self.meter.count(batch["attention_mask"].sum())
+        if self._accumulated == self.hparams.accumulate_grad_batches or self.trainer.is_last_batch:
+            self._optimizer_step()
+
+    def _optimizer_step(self) -> None:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        sparse_adamw: SparseAdamW = optimizer.optimizer
+        weight = self._weight.clamp(min=1)
+        sparse_adamw.scale_grads_(1.0 / weight)
+        clip = self.hparams.gradient_clip_val
+        norm = sparse_adamw.clip_grad_norm_(float("inf") if clip is None else clip)
+        optimizer.step()  # Lightning's wrapper: it advances global_step
+        optimizer.zero_grad()
+        scheduler.step()
+        self._log_step({"train_loss": self._loss / weight, "grad_norm": norm, **self.meter.rates(self.device)})
+        self._accumulated = 0
+        self._weight, self._loss = torch.zeros_like(self._weight), torch.zeros_like(self._loss)
+
+    def _log_step(self, metrics: dict[str, Tensor | float]) -> None:
+        # Lightning would send a step's values again with every micro-batch of the next one, so loggers are served here.
+        for name, value in metrics.items():
+            self.log(name, value, prog_bar=name == "train_loss", logger=False)
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            values = {name: float(value) for name, value in metrics.items()}
+            for logger in self.loggers:
+                logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step - 1)
+
+    def _summed_loss(self, batch: dict[str, Tensor]) -> SummedLoss:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if self.hparams.task == "causal_lm":
+            return causal_lm_loss(self(**inputs, use_cache=False).logits, batch["labels"])
+        return classification_loss(self(**inputs).logits, batch["labels"])
+
+    # ---------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the mean anew; here and not at the end, because `validate` and `fit` differ in inference mode."""
+        self.val_mean.reset()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Loss over the label tokens (or examples) of the whole validation set."""
+        loss = self._summed_loss(batch)
+        self.val_mean.update(loss.total / loss.weight.clamp(min=1), weight=loss.weight)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val_loss`, and `val_perplexity` over tokens for a language model."""
+        mean = self.val_mean.compute()
+        self.log("val_loss", mean, prog_bar=True)
+        if self.hparams.task == "causal_lm":
+            self.log("val_perplexity", mean.exp())
+
+    # ---------------------------------------------------------------- test
+
+    def on_test_start(self) -> None:
+        """Open the prediction files' folder and load the tokenizer."""
+        if self.hparams.task != "causal_lm":
+            raise MisconfigurationException(
+                f"test generates answers, which task={self.hparams.task!r} does not do: use validate"
+            )
+        folder = Path(self.hparams.predictions_dir or Path(self.trainer.default_root_dir) / "predictions")
+        self._recorder = AnswerRecorder(folder, self.hparams.unknown_tasks)
+        self._tokenizer = load_tokenizer(self.model_name_or_path, self.hparams.revision)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Generate answers to one left-padded batch of prompts and score them."""
+        settings = GenerationSettings(self.hparams.num_beams, self.hparams.max_new_tokens)
+        texts = generate(self.hf_model, self._tokenizer, batch["input_ids"], batch["attention_mask"], settings)
+        self._recorder.record(batch["rows"], texts)
+
+    def on_test_epoch_end(self) -> None:
+        """Log each task's accuracy by both rules, and print them as a table."""
+        summaries = self._recorder.finish()
+        for task, found in summaries.items():
+            self.log(f"test_{task}_paper", found.accuracy_paper)
+            self.log(f"test_{task}_strict", found.accuracy_strict)
+        if self.trainer.is_global_zero:
+            Console().print(summary_table(summaries, self._recorder.folder))
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a bit-equal resume needs: random states, and the sums of a step that is under way."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "accumulated": self._accumulated,
+            "weight": self._weight,
+            "loss": self._loss,
+            "rng": rng_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep it until the first batch."""
+        self._restored = checkpoint.get(CHECKPOINT_KEY)
