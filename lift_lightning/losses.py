@@ -33,8 +33,9 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> SummedLoss:
         logits: (B, T, V); converted to float32.
         labels: (B, T) token ids, -100 where there is nothing to learn.
     """
-    targets = labels[:, 1:].reshape(-1)
-    predictions = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    # The labels are shifted and not the logits: cutting off their last column would copy them.
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+    predictions = logits.reshape(-1, logits.shape[-1]).float()
     total = F.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
     return SummedLoss(total, (targets != IGNORED).sum())
 
@@ -50,4 +51,5 @@ def classification_loss(logits: Tensor, labels: Tensor) -> SummedLoss:
         total = F.mse_loss(logits[:, 0].float(), labels.float(), reduction="sum")
     else:
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return SummedLoss(total, torch.tensor(labels.shape[0], device=logits.device))
+    # torch.tensor(n, device=...) would wait for the device.
+    return SummedLoss(total, torch.full((), labels.shape[0], device=logits.device))

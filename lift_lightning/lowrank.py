@@ -12,8 +12,8 @@ from torch import Tensor
 
 Solver = Literal["auto", "exact"]
 
-# Entries of the longer side that are in float64 at one time while the Gram matrix is summed up.
-_GRAM_BLOCK_ENTRIES = 2**22
+# Entries of the weight that are in float64 at one time.
+_BLOCK_ENTRIES = 2**22
 
 
 class DecompositionError(ValueError):
@@ -89,16 +89,19 @@ def _exact(weight: Tensor, rank: int) -> LowRankFactors:
     except torch.linalg.LinAlgError as error:
         raise DecompositionError(f"the eigensolver did not converge on a {rows}x{columns} matrix: {error}") from error
     leading = vectors[:, -rank:].flip(1)  # eigh sorts ascending
+    # (R, L), in blocks like the Gram matrix: no float64 copy of the whole weight exists.
+    blocks = short_side_first.split(max(1, _BLOCK_ENTRIES // min(rows, columns)), dim=1)
+    projection = torch.cat([leading.T @ block.double() for block in blocks], dim=1)
     if wide:
-        return LowRankFactors(leading, leading.T @ weight.double(), None)
-    return LowRankFactors(weight.double() @ leading, leading.T, None)
+        return LowRankFactors(leading, projection, None)
+    return LowRankFactors(projection.T, leading.T, None)
 
 
 def _gram(matrix: Tensor, scale: Tensor) -> Tensor:
-    """A A^T / scale^2 in float64 for A (S, L), summed over blocks of columns so that no float64 copy of A exists."""
+    """A A^T / scale^2 in float64 for A (S, L), summed over blocks of columns."""
     side, length = matrix.shape
     gram = torch.zeros(side, side, dtype=torch.float64, device=matrix.device)
-    for block in matrix.split(max(1, _GRAM_BLOCK_ENTRIES // side), dim=1):
+    for block in matrix.split(max(1, _BLOCK_ENTRIES // side), dim=1):
         block = block.double() / scale
         gram.addmm_(block, block.T)
     return gram

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lift_lightning import indices as layout
+from lift_lightning.errors import ConfigError
 from lift_lightning.functional import adamw_update
 from lift_lightning.sparse_state import SparseState, working_dtype
 
@@ -47,7 +48,7 @@ class SparseAdamW(Optimizer):
         release_gradients: False leaves the dense gradients in place until `step` reads them.
 
     Raises:
-        ValueError: if a hyperparameter is out of range or the dtype is not floating point.
+        ConfigError: if a hyperparameter is out of range or the dtype is not floating point.
     """
 
     def __init__(
@@ -64,12 +65,12 @@ class SparseAdamW(Optimizer):
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+                raise ConfigError(f"{name} must be at least 0, got {value}")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be two numbers of at least 0 and below 1, got {betas}")
+            raise ConfigError(f"betas must be two numbers of at least 0 and below 1, got {betas}")
         dtype = getattr(torch, state_dtype, None) if isinstance(state_dtype, str) else state_dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"state_dtype must be a floating dtype, got {state_dtype}")
+            raise ConfigError(f"state_dtype must be a floating dtype, got {state_dtype}")
         self.state_dtype = dtype
         self.master_weights = master_weights
         self.release_gradients = release_gradients
@@ -78,6 +79,7 @@ class SparseAdamW(Optimizer):
         self._sparse: dict[nn.Parameter, SparseState] = {}
         self._names: dict[nn.Parameter, str] = {}
         self._hooks: list[RemovableHandle] = []
+        self._spent = False  # whether a step has used the gradients that are there
         weakref.finalize(self, _remove_hooks, self._hooks)
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "sparse": False, "halves": None, "fused": True})
@@ -172,10 +174,16 @@ class SparseAdamW(Optimizer):
             # Before the first selection the gradient stays where it is; step() raises in that case.
             if optimizer is not None and parameter in optimizer._sparse:
                 optimizer._sparse[parameter].collect(parameter)
+                optimizer._spent = False
 
         handle = parameter.register_post_accumulate_grad_hook(release)
         self._hooks.append(handle)
         _RELEASE_HOOKS[parameter] = handle
+
+    def remove_hooks(self) -> None:
+        """Leave the gradients of sparse parameters to whoever trains them next; `step` still works, from `p.grad`."""
+        _remove_hooks(self._hooks)
+        self._hooks.clear()
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
@@ -194,13 +202,13 @@ class SparseAdamW(Optimizer):
         super().zero_grad(set_to_none)
         for state in self._sparse.values():
             state.has_grad = False
+        self._spent = False
 
     @torch.no_grad()
     def scale_grads_(self, factor: Tensor | float) -> None:
         """Multiply every gradient of the coming step by a number, or a 0-dim tensor on their device."""
         grads = self.gradients()
-        if grads:
-            torch._foreach_mul_(grads, factor)
+        _multiply_(grads, factor)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float = float("inf")) -> Tensor:
@@ -217,7 +225,7 @@ class SparseAdamW(Optimizer):
         grads = self.gradients()
         norm = torch.nn.utils.get_total_norm(grads)
         if grads and max_norm != float("inf"):
-            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            _multiply_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     @torch.no_grad()
@@ -253,6 +261,7 @@ class SparseAdamW(Optimizer):
         self.skipped_steps = self.skipped_steps.to(found_inf.device) + found_inf
         for group in self.param_groups:
             (self._step_sparse if group["sparse"] else self._step_dense)(group, found_inf)
+        self._spent = True
         return loss
 
     def _step_sparse(self, group: dict[str, Any], found_inf: Tensor) -> None:
@@ -293,10 +302,11 @@ class SparseAdamW(Optimizer):
     def sparse_state_dict(self) -> dict[str, Any]:
         """Selections, moments, masters and pending gradients by parameter name; tensors and numbers only.
 
-        Gradients are there only between the micro-batches of one step, those of dense parameters too.
+        Gradients are there only between the micro-batches of one step, those of dense parameters too: what a step has
+        used is left out, whether `zero_grad` was called or not.
         """
         parameters = {
-            name: self._sparse[parameter].state_dict()
+            name: self._sparse[parameter].state_dict(with_grad=not self._spent)
             for name, parameter, _ in self.sparse_parameters()
             if self.is_selected(parameter)
         }
@@ -305,7 +315,7 @@ class SparseAdamW(Optimizer):
             "attempted_steps": self.attempted_steps,
             "skipped_steps": self.skipped_steps,
             "parameters": parameters,
-            "dense_grads": {self._names[p]: p.grad for p in dense if p.grad is not None},
+            "dense_grads": {self._names[p]: p.grad for p in dense if p.grad is not None and not self._spent},
         }
 
     @torch.no_grad()
@@ -353,6 +363,13 @@ class SparseAdamW(Optimizer):
         super().load_state_dict(state_dict)
         if sparse is not None:
             self.load_sparse_state_dict(sparse)
+
+
+def _multiply_(grads: list[Tensor], factor: Tensor | float) -> None:
+    """In place, in one kernel for each device."""
+    for device in dict.fromkeys(grad.device for grad in grads):
+        here = factor.to(device) if isinstance(factor, Tensor) else factor
+        torch._foreach_mul_([grad for grad in grads if grad.device == device], here)
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lift_lightning.errors import ConfigError
+
 # Where the gate and the up matrix that share one parameter lie in it, along its last two axes.
 Halves = Literal["rows", "columns", "interleaved_rows", "interleaved_columns"]
 
@@ -136,11 +138,11 @@ def build_param_groups(
         each parameter of the group, None where each is one.
 
     Raises:
-        ValueError: if a pattern matches nothing, with a list of what there is, or is no valid expression.
+        ConfigError: if a pattern matches nothing, with a list of what there is, or is no valid expression.
     """
     targets = find_targets(model)
-    parameters = {clean_name(name): p for name, p in model.named_parameters()}
-    parameters |= {target.name: target.parameter for target in targets}  # a tied one may be a target by another name
+    # A tied parameter goes by each of its names: `lm_head` means the embedding that it shares.
+    parameters = {clean_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     matrices = [target.name for target in targets]
     patterns = _as_list(target_modules)
     dense_names = _match_all(_as_list(modules_to_train), list(parameters), matrices, "modules_to_train")
@@ -148,7 +150,7 @@ def build_param_groups(
     dense = {id(parameters[name]) for name in dense_names}
     sparse = [t for t in targets if t.name in matched and id(t.parameter) not in dense]
     if patterns and not sparse:
-        raise ValueError(f"target_modules={target_modules!r} is trained densely already, by {modules_to_train!r}")
+        raise ConfigError(f"target_modules={target_modules!r} is trained densely already, by {modules_to_train!r}")
     trained = {id(t.parameter) for t in sparse} | dense
     for parameter in parameters.values():
         parameter.requires_grad_(id(parameter) in trained)
@@ -158,7 +160,10 @@ def build_param_groups(
         members = [(t.name, t.parameter) for t in sparse if t.halves == halves]
         groups.append({"params": members, "sparse": True, "halves": halves, **decay})
     if dense_names:
-        by_id = {id(p): (name, p) for name, p in parameters.items() if name in dense_names}
+        by_id: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, p in parameters.items():
+            if id(p) in dense:
+                by_id.setdefault(id(p), (name, p))  # its first name, as in named_parameters
         members = list(by_id.values())
         groups.append({"params": members, "sparse": False, "halves": None, **decay})
     return groups
@@ -176,13 +181,13 @@ def _match_all(patterns: Iterable[str], names: list[str], matrices: list[str], a
         try:
             expression = re.compile(pattern if preset is None else preset)
         except re.error as error:
-            raise ValueError(f"{argument}: {pattern!r} is no valid regular expression: {error}") from error
+            raise ConfigError(f"{argument}: {pattern!r} is no valid regular expression: {error}") from error
         if preset is None:
             hits = {name for name in names if expression.search(name)}
         else:
             hits = {name for name in matrices if _matches_preset(expression, name)}
         if not hits:
-            raise ValueError(
+            raise ConfigError(
                 f"{argument}: {pattern!r} matched none of the {len(names)} names; there are:\n{_menu(names)}"
             )
         matched |= hits

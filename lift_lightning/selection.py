@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lift_lightning.errors import ConfigError
 from lift_lightning.indices import top_k_indices
 from lift_lightning.lowrank import Solver, check_finite, low_rank_factors
 
@@ -47,7 +48,7 @@ class SelectionConfig:
         seed: of the `random` criterion.
 
     Raises:
-        ValueError: if a value is out of its range, or `rank` and `density` are both given.
+        ConfigError: if a value is out of its range, or `rank` and `density` are both given.
     """
 
     criterion: Criterion = "lift"
@@ -62,21 +63,21 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.density is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"rank={self.rank} and density={self.density} both set the budget: give one and leave the other null"
             )
         for name, value in (("rank", self.rank), ("lra_rank", self.lra_rank)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ConfigError(f"{name} must be at least 1, got {value}")
         if self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(f"density must be above 0 and at most 1, got {self.density}")
+            raise ConfigError(f"density must be above 0 and at most 1, got {self.density}")
         if self.density_of == "model" and self.density is None:
-            raise ValueError("density_of='model' needs a density")
+            raise ConfigError("density_of='model' needs a density")
         for name, choices in (("criterion", Criterion), ("keep", Keep), ("solver", Solver), ("density_of", DensityOf)):
             if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
         if self.block is not None and (len(self.block) != 2 or min(self.block) < 1):
-            raise ValueError(f"block must be two positive sizes, rows and columns, got {self.block}")
+            raise ConfigError(f"block must be two positive sizes, rows and columns, got {self.block}")
 
     @property
     def approximation_rank(self) -> int:
@@ -101,13 +102,13 @@ class SelectionConfig:
         """The same budget with `density` counted over the targeted matrices, as `select` needs it.
 
         Raises:
-            ValueError: if the share of the model is more than the targeted matrices hold.
+            ConfigError: if the share of the model is more than the targeted matrices hold.
         """
         if self.density is None or self.density_of == "targets":
             return self
         density = self.density * model_entries / target_entries
         if density > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"density={self.density} of the model's {model_entries} entries is more than the {target_entries} that "
                 f"the targeted matrices hold; the most is {target_entries / model_entries:.4f}"
             )
@@ -248,7 +249,7 @@ def _choose(scores: Tensor, config: SelectionConfig) -> Tensor:
         return top_k_indices(scores, k, largest=largest)
     high, wide = config.block
     if rows % high or columns % wide:
-        raise ValueError(f"blocks of {high}x{wide} do not divide a {rows}x{columns} matrix")
+        raise ConfigError(f"blocks of {high}x{wide} do not divide a {rows}x{columns} matrix")
     per_block = scores.double().square().view(rows // high, high, columns // wide, wide).sum(dim=(1, 3))
     blocks = top_k_indices(per_block, max(1, k // math.prod(config.block)), largest=largest)
     corner = blocks // (columns // wide) * high * columns + blocks % (columns // wide) * wide

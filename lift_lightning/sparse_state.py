@@ -91,12 +91,12 @@ class SparseState:
         """Bytes of all its tensors."""
         return sum(t.nbytes for field in fields(self) if isinstance(t := getattr(self, field.name), Tensor))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors by name; the gradient only while one is pending."""
+    def state_dict(self, *, with_grad: bool = True) -> dict[str, Tensor]:
+        """Its tensors by name; the gradient where there is one and it is wanted."""
         tensors = {"indices": self.indices, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.master is not None:
             tensors["master"] = self.master
-        if self.has_grad:
+        if self.has_grad and with_grad:
             tensors["grad"] = self.grad
         return tensors
 

@@ -97,7 +97,7 @@ def test_close_singular_values_are_told_apart():
 def test_blocks_of_the_gram_matrix_change_nothing(monkeypatch: pytest.MonkeyPatch):
     weight = random_matrix(10, 64)
     whole = low_rank_factors(weight, 3)
-    monkeypatch.setattr(lowrank, "_GRAM_BLOCK_ENTRIES", 70)  # 7 columns at a time, the last block has 64 - 9 * 7 = 1
+    monkeypatch.setattr(lowrank, "_BLOCK_ENTRIES", 70)  # 7 columns at a time, the last block has 64 - 9 * 7 = 1
     blocked = low_rank_factors(weight, 3)
     torch.testing.assert_close(blocked.left @ blocked.right, whole.left @ whole.right, rtol=0, atol=1e-12)
 

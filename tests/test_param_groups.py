@@ -377,7 +377,9 @@ def test_a_pattern_that_matches_nothing_lists_what_there_is(argument: str):
         build_param_groups(tiny_llama(), **{argument: ["qproj"]})
     lines = str(caught.value).splitlines()
     assert "  model.layers.*.self_attn.q_proj.weight" in lines  # one line for both layers
-    assert len(lines) == 1 + (7 if argument == "target_modules" else 7 + 2 + 2)  # norms of a layer; embedding, norm
+    assert len(lines) == 1 + (
+        7 if argument == "target_modules" else 7 + 2 + 3
+    )  # a layer's norms; embedding, norm, tied head
 
 
 def test_one_of_several_patterns_that_matches_nothing_raises():
@@ -406,6 +408,12 @@ def test_packed_weights_are_no_targets():
     model[0].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     (group,) = build_param_groups(model)
     assert [name for name, _ in group["params"]] == ["1.weight"]
+
+
+def test_a_tied_head_is_known_by_its_own_name():
+    model = tiny_llama()  # lm_head shares the embedding
+    (group,) = build_param_groups(model, (), "lm_head")
+    assert [p is model.model.embed_tokens.weight for _, p in group["params"]] == [True]
 
 
 def test_a_preset_among_the_dense_modules_means_matrices_only():

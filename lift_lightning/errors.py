@@ -1,0 +1,8 @@
+"""The error of a setting that a user can mend."""
+
+
+class ConfigError(ValueError):
+    """A setting is out of its range, contradicts another, or names something that is not there.
+
+    The message says the value, the limit and the remedy; the command line prints it without a traceback.
+    """
