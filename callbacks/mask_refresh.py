@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any, Literal
+from dataclasses import asdict, replace
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import track
 from torch.optim import Optimizer
 
+from lift_lightning.errors import ConfigError
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.refresh import Bases, RefreshReport, refresh_masks
 from lift_lightning.selection import SelectionConfig
 from lift_lightning.summary import parameter_summary, summary_table
-
-log = logging.getLogger(__name__)
+from lift_lightning.support import OnNonfinite, SkipReporter, refuse_unsupported
 
 CHECKPOINT_KEY = "lift_lightning"
 
@@ -29,7 +29,7 @@ class MaskRefreshCallback(pl.Callback):
     returns a `SparseAdamW`. The refresh comes before the gradient of step t (counted from 1, in optimizer steps) where
     t is a multiple of `interval`. The callback writes selections and moments to checkpoints and applies them on resume;
     under automatic optimization it clips by the Trainer's `gradient_clip_val`, over sparse and dense gradients
-    together. Without a `SparseAdamW` it logs one line and does nothing.
+    together. Without a sparse group it logs one line and selects nothing.
 
     Args:
         interval: optimizer steps between refreshes; null keeps the first selection.
@@ -38,29 +38,37 @@ class MaskRefreshCallback(pl.Callback):
             `raise`. Looked at when the Trainer logs.
         **selection: the fields of `SelectionConfig`.
 
+    Attributes:
+        history: (step, report) of every selection of the last fit.
+
     Raises:
-        ValueError: if the interval is below 1 or a field of the selection is out of range.
+        ConfigError: if the interval is below 1 or a field of the selection is out of range.
     """
 
     def __init__(
         self,
         interval: int | None = 200,
         device: str | None = None,
-        on_nonfinite: Literal["warn", "raise"] = "warn",
+        on_nonfinite: OnNonfinite = "warn",
         **selection: Any,
     ) -> None:
         if interval is not None and interval < 1:
-            raise ValueError(f"interval must be at least 1 optimizer step, or null for a fixed mask, got {interval}")
+            raise ConfigError(f"interval must be at least 1 optimizer step, or null for a fixed mask, got {interval}")
         self.interval = interval
         self.device = device
         self.on_nonfinite = on_nonfinite
         self.config = SelectionConfig(**selection)
         self.history: list[tuple[int, RefreshReport]] = []
+        self._restored: dict[str, Any] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """The state of a fit that has not begun."""
         self._optimizer: SparseAdamW | None = None
+        self._skips: SkipReporter | None = None
+        self._resolved = self.config  # its density counted over the targets of this model
         self._bases: Bases = {}
         self._checked_step = 0
-        self._reported_skips = 0
-        self._restored: dict[str, Any] | None = None
 
     def should_refresh(self, step: int) -> bool:
         """Whether to select anew before optimizer step `step` (from 1). Override for another schedule.
@@ -73,36 +81,22 @@ class MaskRefreshCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what would train wrong in silence."""
-        if stage != "fit":
-            return
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"LIFT trains on one device so far, the Trainer has {trainer.world_size} processes: set "
-                "trainer.devices=1 and trainer.num_nodes=1"
-            )
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise MisconfigurationException(
-                f"precision={trainer.precision!r} scales the loss, and the entries that LIFT gathers from the "
-                "gradients would be scaled too: use precision='bf16-mixed', 'bf16-true' or '32-true'"
-            )
+        if stage == "fit":
+            refuse_unsupported(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Apply the selection of a checkpoint, or make the first one. All of the run's state is restored by now."""
-        self._optimizer = self._find_optimizer(trainer)
-        if self._optimizer is None:
-            return
-        self._optimizer.thin_state_dict = True
-        entries = sum(p.numel() for _, p, _ in self._optimizer.sparse_parameters())
-        self.config = self.config.of_targets(entries, sum(p.numel() for p in pl_module.parameters()))
-        if self._restored is not None:
-            self._apply(self._restored, self._optimizer)
-            self._restored = None
-        elif not self._optimizer.has_selection():
-            self._checked_step = self._optimizer.attempted_steps + 1
-            self._refresh(trainer, self._checked_step)
-        self._reported_skips = int(self._optimizer.skipped_steps)
-        if trainer.is_global_zero:
-            Console().print(summary_table(parameter_summary(pl_module, self._optimizer), self._optimizer))
+        self._forget()
+        self.history = []
+        optimizer = self._find_optimizer(trainer)
+        if optimizer is not None and any(True for _ in optimizer.sparse_parameters()):
+            self._optimizer = optimizer
+            self._start(trainer, pl_module, optimizer)
+        else:
+            rank_zero_info("MaskRefreshCallback: no optimizer here has a sparse group, so there is nothing to select")
+        if optimizer is not None:
+            self._skips = SkipReporter(optimizer, self.on_nonfinite)
+        self._restored = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -123,25 +117,33 @@ class MaskRefreshCallback(pl.Callback):
     ) -> None:
         """Clip for the Trainer, which looks at `p.grad` only and would miss the gradients of sparse parameters."""
         clip = trainer.gradient_clip_val
-        if optimizer is not self._optimizer or not pl_module.automatic_optimization or not clip:
+        if self._optimizer is None or optimizer is not self._optimizer or not pl_module.automatic_optimization:
             return
-        if trainer.gradient_clip_algorithm == "value":
+        if clip and trainer.gradient_clip_algorithm == "value":
             self._optimizer.clip_grad_value_(clip)
-        else:
+        elif clip:
             self._optimizer.clip_grad_norm_(clip)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Report skipped steps when the Trainer logs: reading the counter waits for the device."""
-        if self._optimizer is None or self._optimizer.attempted_steps % trainer.log_every_n_steps:
-            return
-        self._report_skips()
+        if self._skips is not None:
+            self._skips.look(trainer.log_every_n_steps)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report what was skipped since the last time."""
+        if self._skips is not None:
+            self._skips.report()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the gradients back to whoever trains the model next. The state stays: it may be saved after the fit."""
         if self._optimizer is not None:
-            self._report_skips()
+            self._optimizer.remove_hooks()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The same after a fit that broke off, which is not torn down."""
+        self.teardown(trainer, pl_module, "fit")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -152,20 +154,22 @@ class MaskRefreshCallback(pl.Callback):
                 "optimizer": self._optimizer.sparse_state_dict(),
                 "bases": {name: b for name, b in self._bases.items() if any(x is not None for x in b)},
                 "checked_step": self._checked_step,
+                "selection": asdict(self.config),
             }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the state until `on_train_start`: on one device there is no optimizer yet."""
-        self._restored = checkpoint.get(CHECKPOINT_KEY)
+        if trainer.state.fn == "fit":  # validating a checkpoint must not reach into the next fit
+            self._restored = checkpoint.get(CHECKPOINT_KEY)
+            if self._restored is None:
+                rank_zero_warn(
+                    "the checkpoint has no selection, it was saved without MaskRefreshCallback: selecting anew, with "
+                    "moments that begin at zero"
+                )
 
     # ---------------------------------------------------------------- what they do
-
-    def _apply(self, restored: dict[str, Any], optimizer: SparseAdamW) -> None:
-        optimizer.load_sparse_state_dict(restored["optimizer"])
-        self._bases = restored["bases"]
-        self._checked_step = restored["checked_step"]
 
     def _find_optimizer(self, trainer: pl.Trainer) -> SparseAdamW | None:
         found = [o for o in trainer.optimizers if isinstance(o, SparseAdamW)]
@@ -174,10 +178,26 @@ class MaskRefreshCallback(pl.Callback):
                 f"MaskRefreshCallback serves one SparseAdamW, configure_optimizers returned {len(found)}: put their "
                 "groups into one"
             )
-        if found and any(True for _ in found[0].sparse_parameters()):
-            return found[0]
-        rank_zero_info("MaskRefreshCallback: no optimizer here has a sparse group, so there is nothing to select")
-        return None
+        return found[0] if found else None
+
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: SparseAdamW) -> None:
+        optimizer.thin_state_dict = True
+        entries = sum(p.numel() for _, p, _ in optimizer.sparse_parameters())
+        self._resolved = self.config.of_targets(entries, sum(p.numel() for p in pl_module.parameters()))
+        if self._restored is not None:
+            optimizer.load_sparse_state_dict(self._restored["optimizer"])
+            self._bases = self._restored["bases"]
+            self._checked_step = self._restored["checked_step"]
+            if self._restored["selection"] != asdict(self.config):
+                rank_zero_warn(
+                    f"the selection was made with {self._restored['selection']}; what is set now, "
+                    f"{asdict(self.config)}, takes effect at the next refresh"
+                )
+        elif not optimizer.has_selection():
+            self._checked_step = optimizer.attempted_steps + 1
+            self._refresh(trainer, self._checked_step)
+        if trainer.is_global_zero:
+            Console().print(summary_table(parameter_summary(pl_module, optimizer), optimizer))
 
     def _refresh(self, trainer: pl.Trainer, step: int) -> None:
         assert self._optimizer is not None
@@ -186,13 +206,16 @@ class MaskRefreshCallback(pl.Callback):
         show = first and trainer.is_global_zero and bar is not None and bar.is_enabled
         report = refresh_masks(
             self._optimizer,
-            self.config,
+            self._resolved,
             device=self.device,
             bases=self._bases,
             progress=lambda items: track(items, "Selecting principal weights", disable=not show),
         )
         self._bases = report.bases
-        self.history.append((step, report))
+        self.history.append((step, replace(report, bases={})))  # the history would keep every old basis alive
+        self._log(trainer, step, report, first)
+
+    def _log(self, trainer: pl.Trainer, step: int, report: RefreshReport, first: bool) -> None:
         metrics = {"lift_refresh_seconds": report.seconds, "lift_density": report.density}
         if report.overlap is not None:
             metrics["lift_overlap"] = report.overlap
@@ -208,17 +231,3 @@ class MaskRefreshCallback(pl.Callback):
             f"LIFT refresh at step {step}: {report.selected:,} of {report.entries:,} entries "
             f"({report.density:.2%}){overlap}, {report.seconds:.1f} s"
         )
-
-    def _report_skips(self) -> None:
-        assert self._optimizer is not None
-        skipped = int(self._optimizer.skipped_steps)
-        if skipped == self._reported_skips:
-            return
-        message = (
-            f"{skipped - self._reported_skips} optimizer steps were skipped because their gradients were not finite "
-            f"({skipped} of {self._optimizer.attempted_steps} so far); lower the learning rate or look at the data"
-        )
-        self._reported_skips = skipped
-        if self.on_nonfinite == "raise":
-            raise FloatingPointError(message)
-        rank_zero_warn(message)

@@ -7,27 +7,38 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from torch import Tensor
-from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, get_scheduler
 
 from lift_lightning.callbacks import MaskRefreshCallback
+from lift_lightning.errors import ConfigError
 from lift_lightning.evaluation.generation import GenerationSettings, generate
 from lift_lightning.evaluation.recorder import AnswerRecorder, summary_table
+from lift_lightning.evaluation.scoring import GenericKind
 from lift_lightning.losses import SummedLoss, causal_lm_loss, classification_loss
-from lift_lightning.models import keep_buffer_dtypes, load_model, load_tokenizer
+from lift_lightning.models import ModelTask, keep_buffer_dtypes, load_model, load_tokenizer
 from lift_lightning.monitoring import StepMeter
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.param_groups import build_param_groups
 from lift_lightning.rng import rng_state, set_rng_state
+from lift_lightning.support import CountOptimizerSteps, SkipReporter, refuse_unsupported
 
 CHECKPOINT_KEY = "lift_lightning_module"
+
+Method = Literal["lift", "full"]
+LossReduction = Literal["token_mean", "micro_batch_mean"]
+StateDtype = Literal["float32", "bfloat16"]
+# The schedules of transformers that need nothing beyond warmup and length, and whose rate is a function of the step.
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
 
 
 class LiftLightningModule(pl.LightningModule):
@@ -63,12 +74,12 @@ class LiftLightningModule(pl.LightningModule):
         revision: of the model on the hub.
         num_beams: of generation in `test` (the paper's code: 4).
         max_new_tokens: of generation in `test`.
-        predictions_dir: where `test` writes predictions; `predictions` in the Trainer's default_root_dir if null.
+        predictions_dir: where `test` writes predictions; `predictions` beside the logs of the run if null.
         unknown_tasks: how `test` scores a file that is none of the known tasks: by its `number`, or its `exact` text;
             null refuses it.
 
     Raises:
-        ValueError: if a value is out of its range.
+        ConfigError: if a value is out of its range.
     """
 
     model: PreTrainedModel | None
@@ -76,48 +87,63 @@ class LiftLightningModule(pl.LightningModule):
     def __init__(
         self,
         model_name_or_path: str,
-        task: Literal["causal_lm", "sequence_classification"] = "causal_lm",
+        task: ModelTask = "causal_lm",
         num_labels: int | None = None,
-        method: Literal["lift", "full"] = "lift",
+        method: Method = "lift",
         target_modules: str | list[str] = "all-linear",
         modules_to_train: str | list[str] | None = None,
         lr: float = 2e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        lr_scheduler_type: str = "linear",
+        lr_scheduler_type: Schedule = "linear",
         warmup_ratio: float = 0.03,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
-        loss_reduction: Literal["token_mean", "micro_batch_mean"] = "token_mean",
+        loss_reduction: LossReduction = "token_mean",
         gradient_checkpointing: bool = False,
-        state_dtype: Literal["float32", "bfloat16"] = "float32",
+        state_dtype: StateDtype = "float32",
         master_weights: bool | None = None,
         attn_implementation: str | None = None,
         revision: str | None = None,
         num_beams: int = 4,
         max_new_tokens: int = 256,
         predictions_dir: str | None = None,
-        unknown_tasks: Literal["number", "exact"] | None = None,
+        unknown_tasks: GenericKind | None = None,
     ) -> None:
         super().__init__()
         if accumulate_grad_batches < 1:
-            raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+            raise ConfigError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
         if not 0 <= warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio must be between 0 and 1, got {warmup_ratio}")
+            raise ConfigError(f"warmup_ratio must be between 0 and 1, got {warmup_ratio}")
         if gradient_clip_val is not None and not gradient_clip_val > 0:
-            raise ValueError(f"gradient_clip_val must be above 0, or null not to clip, got {gradient_clip_val}")
+            raise ConfigError(f"gradient_clip_val must be above 0, or null not to clip, got {gradient_clip_val}")
+        for name, value, choices in (
+            ("task", task, ModelTask),
+            ("method", method, Method),
+            ("lr_scheduler_type", lr_scheduler_type, Schedule),
+            ("loss_reduction", loss_reduction, LossReduction),
+            ("state_dtype", state_dtype, StateDtype),
+        ):
+            if value not in get_args(choices):
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
         self.save_hyperparameters()
         self.automatic_optimization = False
         self.model_name_or_path = model_name_or_path
         self.model = None
         self.new_parameters: list[str] = []
-        self.val_mean = MeanMetric()
         self.meter = StepMeter()
-        self._accumulated = 0  # micro-batches since the last optimizer step
-        self._weight = torch.zeros(())  # label tokens (or micro-batches) since then
-        self._loss = torch.zeros(())  # sum of their losses
         self._restored: dict[str, Any] | None = None
+        self._skips: SkipReporter | None = None
+        self._start_step()
+        self._val_total, self._val_weight = self._loss, self._weight
+
+    def _start_step(self) -> None:
+        """Nothing is accumulated: sums over the micro-batches of the coming step."""
+        self._accumulated = 0
+        # float32 and int64 whatever the default dtype: bfloat16 cannot count beyond 256.
+        self._loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._weight = torch.zeros((), dtype=torch.int64, device=self.device)  # label tokens, or micro-batches
 
     # ---------------------------------------------------------------- model and optimizer
 
@@ -134,7 +160,7 @@ class LiftLightningModule(pl.LightningModule):
             attn_implementation=hparams.attn_implementation,
         )
         if hparams.gradient_checkpointing:
-            # transformers before 5.20 or so has it under the older name only.
+            # Earlier versions of transformers 5 have it under the older name only.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.model = model
@@ -188,21 +214,19 @@ class LiftLightningModule(pl.LightningModule):
             )
         return int(steps)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """What makes the Trainer count in optimizer steps, besides the user's callbacks."""
+        return [*super().configure_callbacks(), CountOptimizerSteps(self.hparams.accumulate_grad_batches)]
+
     def setup(self, stage: str) -> None:
-        """Tell the Trainer how many micro-batches make a step, so that its counts and the loggers' axes are in steps.
-
-        Lightning refuses the argument under manual optimization, because it would not act on it; we do.
-        """
+        """Refuse what would train wrong in silence."""
         if stage == "fit":
-            self.trainer.accumulate_grad_batches = self.hparams.accumulate_grad_batches
-
-    def teardown(self, stage: str) -> None:
-        """Leave the Trainer as it was."""
-        if stage == "fit":
-            self.trainer.accumulate_grad_batches = 1
+            refuse_unsupported(self.trainer)
 
     def on_fit_start(self) -> None:
         """Refuse to train sparsely when nothing would select the entries."""
+        for parameter in self.parameters():
+            parameter.grad = None  # of a fit that broke off
         # Checkpoints are taken between optimizer steps, which is where a run can be resumed.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         if self.hparams.method == "lift" and not any(
@@ -218,6 +242,28 @@ class LiftLightningModule(pl.LightningModule):
     def forward(self, **inputs: Tensor) -> Any:
         """The model's own output."""
         return self.hf_model(**inputs)
+
+    def on_train_start(self) -> None:
+        """Begin anew, whatever an earlier fit left behind; on resume, what is typed wins over what was saved."""
+        self.meter = StepMeter()
+        self._start_step()
+        optimizer, scheduler = self._sparse_adamw(), self.lr_schedulers()
+        scheduler.base_lrs = [self.hparams.lr] * len(optimizer.param_groups)
+        for group, rate, schedule in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group.update({key: self.hparams[key] for key in ("betas", "eps", "weight_decay")})
+            group["lr"] = rate * schedule(scheduler.last_epoch)
+        self._warn_of_narrow_dense_weights(optimizer)
+        if not any(isinstance(callback, MaskRefreshCallback) for callback in self.trainer.callbacks):
+            self._skips = SkipReporter(optimizer)
+
+    def _warn_of_narrow_dense_weights(self, optimizer: SparseAdamW) -> None:
+        dense = [p for group in optimizer.param_groups if not group["sparse"] for p in group["params"]]
+        narrow = sum(p.numel() for p in dense if p.dtype in (torch.bfloat16, torch.float16))
+        if narrow:
+            rank_zero_warn(
+                f"{narrow:,} densely trained entries are in {self.trainer.precision} without float32 masters, so small "
+                "updates are lost; use trainer.precision=bf16-mixed"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """On resume, continue the random numbers where the checkpoint left them, after all loaders were started."""
@@ -237,34 +283,38 @@ class LiftLightningModule(pl.LightningModule):
             summand, weight = loss.total / loss.weight.clamp(min=1), torch.ones_like(loss.weight)
         self.manual_backward(summand)
         self._accumulated += 1
-        self._weight = self._weight.to(weight.device) + weight
-        self._loss = self._loss.to(weight.device) + summand.detach()
+        self._weight += weight
+        self._loss += summand.detach()
         self.meter.count(batch["attention_mask"].sum())
         if self._accumulated == self.hparams.accumulate_grad_batches or self.trainer.is_last_batch:
             self._optimizer_step()
 
-    def _optimizer_step(self) -> None:
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        sparse_adamw: SparseAdamW = optimizer.optimizer
-        weight = self._weight.clamp(min=1)
-        sparse_adamw.scale_grads_(1.0 / weight)
-        clip = self.hparams.gradient_clip_val
-        norm = sparse_adamw.clip_grad_norm_(float("inf") if clip is None else clip)
-        optimizer.step()  # Lightning's wrapper: it advances global_step
-        optimizer.zero_grad()
-        scheduler.step()
-        self._log_step({"train_loss": self._loss / weight, "grad_norm": norm, **self.meter.rates(self.device)})
-        self._accumulated = 0
-        self._weight, self._loss = torch.zeros_like(self._weight), torch.zeros_like(self._loss)
+    def _sparse_adamw(self) -> SparseAdamW:
+        return self.optimizers().optimizer
 
-    def _log_step(self, metrics: dict[str, Tensor | float]) -> None:
+    def _optimizer_step(self) -> None:
+        optimizer = self._sparse_adamw()
+        weight = self._weight.clamp(min=1)
+        optimizer.scale_grads_(1.0 / weight)
+        clip = self.hparams.gradient_clip_val
+        norm = optimizer.clip_grad_norm_(float("inf") if clip is None else clip)
+        self.optimizers().step()  # Lightning's wrapper: it advances global_step
+        optimizer.zero_grad()
+        self.lr_schedulers().step()
+        self._log_step({"train_loss": self._loss / weight, "grad_norm": norm})
+        self._start_step()
+
+    def _log_step(self, metrics: dict[str, Tensor]) -> None:
         # Lightning would send a step's values again with every micro-batch of the next one, so loggers are served here.
         for name, value in metrics.items():
             self.log(name, value, prog_bar=name == "train_loss", logger=False)
-        if self.global_step % self.trainer.log_every_n_steps == 0:
-            values = {name: float(value) for name, value in metrics.items()}
+        every = self.trainer.log_every_n_steps
+        if every and self.global_step % every == 0:
+            values = {name: float(value) for name, value in {**metrics, **self.meter.rates(self.device)}.items()}
             for logger in self.loggers:
                 logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step - 1)
+        if self._skips is not None:
+            self._skips.look(every)
 
     def _summed_loss(self, batch: dict[str, Tensor]) -> SummedLoss:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -275,17 +325,19 @@ class LiftLightningModule(pl.LightningModule):
     # ---------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        """Start the mean anew; here and not at the end, because `validate` and `fit` differ in inference mode."""
-        self.val_mean.reset()
+        """Start the sums, in float32 and int64: a torchmetrics mean is cast with the module, and bfloat16 saturates."""
+        self._val_total = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._val_weight = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Loss over the label tokens (or examples) of the whole validation set."""
         loss = self._summed_loss(batch)
-        self.val_mean.update(loss.total / loss.weight.clamp(min=1), weight=loss.weight)
+        self._val_total += loss.total
+        self._val_weight += loss.weight
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss`, and `val_perplexity` over tokens for a language model."""
-        mean = self.val_mean.compute()
+        mean = self._val_total / self._val_weight.clamp(min=1)
         self.log("val_loss", mean, prog_bar=True)
         if self.hparams.task == "causal_lm":
             self.log("val_perplexity", mean.exp())
@@ -298,7 +350,8 @@ class LiftLightningModule(pl.LightningModule):
             raise MisconfigurationException(
                 f"test generates answers, which task={self.hparams.task!r} does not do: use validate"
             )
-        folder = Path(self.hparams.predictions_dir or Path(self.trainer.default_root_dir) / "predictions")
+        beside = self.trainer.log_dir or self.trainer.default_root_dir
+        folder = Path(self.hparams.predictions_dir or Path(beside) / "predictions")
         self._recorder = AnswerRecorder(folder, self.hparams.unknown_tasks)
         self._tokenizer = load_tokenizer(self.model_name_or_path, self.hparams.revision)
 
@@ -329,5 +382,6 @@ class LiftLightningModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep it until the first batch."""
-        self._restored = checkpoint.get(CHECKPOINT_KEY)
+        """Keep it until the first batch of a fit that resumes; what is only loaded must not reach into the next fit."""
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self._restored = checkpoint.get(CHECKPOINT_KEY)

@@ -21,6 +21,7 @@ LEVELS = {
     "lift_lightning.lowrank": 0,
     "lift_lightning.indices": 0,
     "lift_lightning.functional": 0,
+    "lift_lightning.errors": 0,
     "lift_lightning.prompts": 0,
     "lift_lightning.collate": 0,
     "lift_lightning.configs": 0,
@@ -40,6 +41,7 @@ LEVELS = {
     "lift_lightning.evaluation": 2,
     "lift_lightning.analysis": 2,
     # 3: Lightning from here up
+    "lift_lightning.support": 3,
     "lift_lightning.module": 3,
     "lift_lightning.callbacks": 3,
     "lift_lightning.datamodules": 3,

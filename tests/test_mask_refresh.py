@@ -10,9 +10,10 @@ from foreign import MaskedDense, Regression, fit, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lift_lightning import SelectionConfig, SparseAdamW
+from lift_lightning import SelectionConfig, SparseAdamW, build_param_groups
 from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.datamodules.resume import ResumableDataLoader
 
@@ -131,8 +132,6 @@ def test_a_checkpoint_holds_the_selection_once_and_loads_without_pickle(tmp_path
 def test_resuming_with_other_targets_names_them(tmp_path: Path):
     class Other(Regression):
         def configure_optimizers(self):
-            from lift_lightning import build_param_groups
-
             return SparseAdamW(build_param_groups(self, [r"net\.0\.weight", "head.weight"]))
 
     checkpoints = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_last=True)
@@ -189,12 +188,17 @@ def test_loss_scaling_is_refused_with_the_remedy():
         fit(Regression(), MaskRefreshCallback(**RANK), plugins=[MixedPrecision("16-mixed", "cpu")])
 
 
-def test_several_processes_are_refused():
-    class TwoProcesses:
-        world_size = 2
+@pytest.mark.parametrize("several", [DDPStrategy, FSDPStrategy])
+def test_strategies_of_several_processes_are_refused(several):
+    """Also with one process: DDP's and FSDP's hooks see parameters whose gradients are taken away."""
 
-    with pytest.raises(MisconfigurationException, match="devices=1"):
-        MaskRefreshCallback(**RANK).setup(TwoProcesses(), Regression(), "fit")
+    class Several:
+        strategy = several()
+        world_size = 2
+        precision_plugin = None
+
+    with pytest.raises(MisconfigurationException, match=r"Strategy with 2 processes: set trainer.strategy=auto"):
+        MaskRefreshCallback(**RANK).setup(Several(), Regression(), "fit")
 
 
 def test_two_sparse_optimizers_are_refused():
@@ -228,6 +232,44 @@ def test_an_approximation_that_reduces_nothing_is_told():
     """R = 12 is the shorter side of the 16x12 matrix: what is left is plain magnitude."""
     with pytest.warns(UserWarning, match=r"12, is not below the shorter side of 1 matrices.*smaller lra_rank"):
         fit(Regression(), MaskRefreshCallback(rank=2, lra_rank=12), max_epochs=1)
+
+
+def test_a_callback_can_serve_a_second_model():
+    """Its density of the model is counted anew, and its history is of the last fit."""
+    callback = MaskRefreshCallback(interval=5, density=0.1, density_of="model", lra_rank=4)
+    fit(Regression(dense_head=False), callback)
+
+    class OneLayer(Regression):
+        def configure_optimizers(self):
+            return SparseAdamW(build_param_groups(self, r"net\.0\.weight"))
+
+    fit(OneLayer(), callback)
+    assert [step for step, _ in callback.history] == [1, 5, 10]
+    assert callback.history[0][1].selected == 53  # a tenth of 531 entries, all in one matrix
+
+
+def test_gradients_that_a_step_has_used_are_not_saved(tmp_path: Path):
+    """Under automatic optimization they stay until the next backward; a checkpoint would hold whole dense ones."""
+    checkpoints = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_last=True)
+    fit(Regression(), MaskRefreshCallback(**RANK), enable_checkpointing=True, callbacks=[checkpoints])
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["lift_lightning"]["optimizer"]
+    assert saved["dense_grads"] == {}
+    assert not any("grad" in tensors for tensors in saved["parameters"].values())
+
+
+def test_logging_can_be_switched_off():
+    fit(Regression(), MaskRefreshCallback(**RANK), log_every_n_steps=0, max_epochs=1)
+
+
+def test_a_checkpoint_without_a_selection_is_told(tmp_path: Path):
+    checkpoints = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_last=True)
+    settings = {"enable_checkpointing": True, "callbacks": [checkpoints]}
+    fit(Regression(), MaskRefreshCallback(**RANK), **settings)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    del checkpoint["lift_lightning"]
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match="has no selection"):
+        fit(Regression(), MaskRefreshCallback(**RANK), ckpt_path=tmp_path / "last.ckpt", max_epochs=3, **settings)
 
 
 def test_density_of_the_model_counts_every_parameter():

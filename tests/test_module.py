@@ -179,15 +179,154 @@ def test_early_stopping_on_the_validation_loss(tiny_model_dir, sums_file):
     assert run.current_epoch == 2  # no improvement in the second epoch, nothing moves at lr 0
 
 
+def test_the_validation_loss_is_exact_in_bfloat16(tiny_model_dir, tmp_path):
+    """Lightning casts what the module holds: a sum of label tokens in bfloat16 stops growing at a few hundred."""
+    rows = write_sums(tmp_path / "rows.json", rows=330)
+    module = LiftLightningModule(str(tiny_model_dir))
+    datamodule = data(rows, tiny_model_dir, val_size=320, eval_batch_size=1)
+    (found,) = trainer(precision="bf16-true").validate(module, datamodule=datamodule, verbose=False)
+    losses = [
+        causal_lm_loss(module(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
+        for batch in datamodule.val_dataloader()
+    ]
+    exact = float(sum(loss.total.detach() for loss in losses)) / int(sum(loss.weight for loss in losses))
+    assert found["val_loss"] == pytest.approx(exact, rel=1e-4)
+
+
+class Breaks(Exception):
+    pass
+
+
+class BreakOff(pl.Callback):
+    """Ends the fit after the second micro-batch, in the middle of an accumulation, and keeps its checkpoint."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            trainer.save_checkpoint(self.checkpoint)
+            raise Breaks
+
+
+@pytest.mark.parametrize("earlier", ["nothing", "broken off", "validated a checkpoint"])
+def test_nothing_of_an_earlier_run_reaches_into_a_fit(dropout_model_dir, sums_file, tmp_path, earlier):
+    """Sums of a step that was under way, gradients and random states, from a fit or from a checkpoint."""
+
+    def make() -> LiftLightningModule:
+        return LiftLightningModule(str(dropout_model_dir), lr=1e-2, accumulate_grad_batches=3)
+
+    def fit(module: LiftLightningModule, run: pl.Trainer) -> None:
+        pl.seed_everything(7, verbose=False)
+        run.fit(module, datamodule=data(sums_file, dropout_model_dir))
+
+    module, run = make(), trainer(refresh())
+    if earlier != "nothing":
+        other, callback = make(), BreakOff(tmp_path / "middle.ckpt")
+        broken = trainer(refresh(), callback)
+        with pytest.raises(Breaks):
+            fit(other, broken)
+        if earlier == "broken off":
+            module = other
+            module.configure_model()
+            module.hf_model.load_state_dict(AutoModelForCausalLM.from_pretrained(dropout_model_dir).state_dict())
+        else:
+            validating = trainer()
+            validating.validate(module, datamodule=data(sums_file, dropout_model_dir), ckpt_path=callback.checkpoint)
+            module.hf_model.load_state_dict(AutoModelForCausalLM.from_pretrained(dropout_model_dir).state_dict())
+    fit(module, run)
+    clean, reference = make(), trainer(refresh())
+    fit(clean, reference)
+    assert all(torch.equal(state(clean)[name], value) for name, value in state(module).items())
+
+
+def test_a_trainer_can_fit_again_after_a_fit_that_broke_off(tiny_model_dir, sums_file, tmp_path):
+    module = LiftLightningModule(str(tiny_model_dir), accumulate_grad_batches=3)
+    callback = BreakOff(tmp_path / "middle.ckpt")
+    run = trainer(refresh(), callback)
+    with pytest.raises(Breaks):
+        run.fit(module, datamodule=data(sums_file, tiny_model_dir))
+    assert run.accumulate_grad_batches == 1
+    run.callbacks.remove(callback)
+    run.fit(module, datamodule=data(sums_file, tiny_model_dir))
+    assert run.global_step == 2  # ceil(5 / 3)
+
+
+def test_after_a_fit_an_ordinary_optimizer_gets_its_gradients(tiny_model_dir, sums_file):
+    module = LiftLightningModule(str(tiny_model_dir))
+    run = trainer(refresh())
+    run.fit(module, datamodule=data(sums_file, tiny_model_dir))
+    module.hf_model.requires_grad_(True)
+    module.hf_model(torch.arange(3, 23).view(1, 20)).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in module.hf_model.parameters())
+
+
+def test_a_checkpoint_saved_after_the_fit_has_the_selection(tiny_model_dir, sums_file, tmp_path):
+    module = LiftLightningModule(str(tiny_model_dir))
+    run = trainer(refresh())
+    run.fit(module, datamodule=data(sums_file, tiny_model_dir))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["lift_lightning"]["optimizer"]["parameters"]
+    assert len(saved) == 14
+    assert not any("grad" in tensors for tensors in saved.values())
+
+
+def test_on_resume_what_is_typed_wins(tiny_model_dir, sums_file, tmp_path):
+    """Rates, betas, decay and the length of the schedule; the selection at its next refresh, which is said."""
+
+    def run(epochs: int, ckpt_path: Path | None = None, selection: dict | None = None, **settings: Any) -> pl.Trainer:
+        module = LiftLightningModule(str(tiny_model_dir), warmup_ratio=0.0, **settings)
+        fitting = trainer(refresh(100, **(selection or {})), max_epochs=epochs)
+        fitting.fit(module, datamodule=data(sums_file, tiny_model_dir), ckpt_path=ckpt_path)
+        return fitting
+
+    run(1, lr=1e-2).save_checkpoint(tmp_path / "one.ckpt")
+    seen: list[float] = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = LiftLightningModule(
+        str(tiny_model_dir), warmup_ratio=0.0, lr=0.1, betas=(0.5, 0.6), weight_decay=0.3, eps=1e-5
+    )
+    fitting = trainer(refresh(100, rank=2), Rates(), max_epochs=2)
+    with pytest.warns(UserWarning, match="takes effect at the next refresh"):
+        fitting.fit(module, datamodule=data(sums_file, tiny_model_dir), ckpt_path=tmp_path / "one.ckpt")
+    # 5 steps an epoch, 10 in all: the linear schedule of the typed rate and length, from step 5 on.
+    assert seen == [pytest.approx(0.1 * (10 - step) / 10) for step in range(5, 10)]
+    group = fitting.optimizers[0].param_groups[0]
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.6), 0.3, 1e-5)
+
+
+@pytest.mark.parametrize("with_callback", [True, False])
+def test_full_fine_tuning_reports_steps_that_are_not_finite(tiny_model_dir, sums_file, with_callback):
+    module = LiftLightningModule(str(tiny_model_dir), method="full")
+    module.configure_model()
+    with torch.no_grad():
+        module.hf_model.model.norm.weight.fill_(float("nan"))
+    run = trainer(*([refresh()] if with_callback else []), log_every_n_steps=1)
+    with pytest.warns(UserWarning, match="steps were skipped because their gradients were not finite"):
+        run.fit(module, datamodule=data(sums_file, tiny_model_dir))
+
+
+def test_dense_training_in_bfloat16_is_warned_of(tiny_model_dir, sums_file):
+    run = trainer(precision="bf16-true", limit_train_batches=1)
+    with pytest.warns(UserWarning, match=r"23,808 densely trained entries .*use trainer.precision=bf16-mixed"):
+        run.fit(LiftLightningModule(str(tiny_model_dir), method="full"), datamodule=data(sums_file, tiny_model_dir))
+
+
 def test_without_a_callback_the_module_names_the_remedy(tiny_model_dir, sums_file):
     with pytest.raises(MisconfigurationException, match="needs a MaskRefreshCallback"):
         trainer().fit(LiftLightningModule(str(tiny_model_dir)), datamodule=data(sums_file, tiny_model_dir))
 
 
-def test_16_mixed_is_refused_with_the_remedy(tiny_model_dir, sums_file):
-    run = trainer(refresh(), plugins=[MixedPrecision("16-mixed", "cpu")])
+@pytest.mark.parametrize("method", ["lift", "full"])
+def test_16_mixed_is_refused_with_the_remedy(tiny_model_dir, sums_file, method):
+    """Also in full fine-tuning without a callback: division by label tokens and clipping would be of scaled sums."""
+    run = trainer(*([refresh()] if method == "lift" else []), plugins=[MixedPrecision("16-mixed", "cpu")])
     with pytest.raises(MisconfigurationException, match="bf16-mixed"):
-        run.fit(LiftLightningModule(str(tiny_model_dir)), datamodule=data(sums_file, tiny_model_dir))
+        run.fit(LiftLightningModule(str(tiny_model_dir), method=method), datamodule=data(sums_file, tiny_model_dir))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -340,6 +479,10 @@ def test_an_unknown_task_is_refused_unless_told_how_to_score_it(tiny_model_dir, 
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be at least 1, got 0"),
         ({"warmup_ratio": 1.5}, "warmup_ratio must be between 0 and 1, got 1.5"),
         ({"gradient_clip_val": 0.0}, "gradient_clip_val must be above 0"),
+        ({"method": "lora"}, "method must be one of lift, full, got 'lora'"),
+        ({"loss_reduction": "mean"}, "loss_reduction must be one of token_mean, micro_batch_mean"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type must be one of linear, cosine"),
+        ({"task": "summarisation"}, "task must be one of causal_lm, sequence_classification"),
     ],
 )
 def test_bad_arguments(arguments, message):

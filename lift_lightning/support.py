@@ -1,0 +1,98 @@
+"""What every way of training with a `SparseAdamW` under a Trainer shares: refusals, and the report of skipped steps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lift_lightning.optimizer import SparseAdamW
+
+OnNonfinite = Literal["warn", "raise"]
+
+
+def refuse_unsupported(trainer: pl.Trainer) -> None:
+    """Check the strategy and the precision of a Trainer that is about to fit, before it trains wrong in silence.
+
+    Raises:
+        MisconfigurationException: naming the setting and the remedy, for strategies other than that of a single device
+            and for loss scaling.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise MisconfigurationException(
+            f"LIFT trains on one device so far, the Trainer has {type(trainer.strategy).__name__} with "
+            f"{trainer.world_size} processes: set trainer.strategy=auto, trainer.devices=1 and trainer.num_nodes=1"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            f"precision={trainer.precision!r} scales the loss, and the entries that LIFT gathers from the gradients "
+            "would be scaled too: use precision='bf16-mixed', 'bf16-true' or '32-true'"
+        )
+
+
+class SkipReporter:
+    """Tells of optimizer steps that were skipped because their gradients were not finite.
+
+    Args:
+        optimizer: which counts them on its device.
+        on_nonfinite: `warn` or `raise`.
+    """
+
+    def __init__(self, optimizer: SparseAdamW, on_nonfinite: OnNonfinite = "warn") -> None:
+        self.optimizer = optimizer
+        self.on_nonfinite = on_nonfinite
+        self._reported = int(optimizer.skipped_steps)
+        self._looked_at = optimizer.attempted_steps
+
+    def look(self, every: int) -> None:
+        """Report if `every` divides the steps taken, once for each; 0 never does. It waits for the device."""
+        steps = self.optimizer.attempted_steps
+        if every and steps != self._looked_at and steps % every == 0:
+            self._looked_at = steps
+            self.report()
+
+    def report(self) -> None:
+        """Warn of steps skipped since the last report.
+
+        Raises:
+            FloatingPointError: instead, if asked for.
+        """
+        skipped = int(self.optimizer.skipped_steps)
+        new, self._reported = skipped - self._reported, skipped
+        if new == 0:
+            return
+        message = (
+            f"{new} optimizer steps were skipped because their gradients were not finite "
+            f"({skipped} of {self.optimizer.attempted_steps} so far); lower the learning rate or look at the data"
+        )
+        if self.on_nonfinite == "raise":
+            raise FloatingPointError(message)
+        rank_zero_warn(message)
+
+
+class CountOptimizerSteps(pl.Callback):
+    """Tells the Trainer how many micro-batches a manually optimizing module makes a step of.
+
+    Its counts, the axes of loggers and its estimate of the run's length are in steps then. Lightning refuses the
+    argument under manual optimization, because it would not act on it, so it is set after that check and taken back at
+    the end.
+    """
+
+    def __init__(self, accumulate_grad_batches: int) -> None:
+        self.accumulate_grad_batches = accumulate_grad_batches
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Set it for a fit."""
+        if stage == "fit":
+            trainer.accumulate_grad_batches = self.accumulate_grad_batches
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the Trainer as it was."""
+        trainer.accumulate_grad_batches = 1
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A fit that broke off is not torn down."""
+        trainer.accumulate_grad_batches = 1
