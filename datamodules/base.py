@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     import datasets
 
 
+DEFAULT_SEED = 43  # of the released code
+
+
 @dataclass(frozen=True)
 class DataReport:
     """What became of the training file. `longest` is before any cut, `tokens` and `label_tokens` are as trained on."""
@@ -65,7 +68,8 @@ class SFTDataModule(LightningDataModule):
 
     Args:
         path: Training rows: a .json, .jsonl or .parquet file, a folder with one, or a Hugging Face hub id.
-        tokenizer: A tokenizer, or the folder or hub id of one; in the CLI it follows model.model_name_or_path.
+        tokenizer: A tokenizer, or the folder or hub id of one; on the command line model.model_name_or_path if not
+            given.
         batch_size: Examples per batch and device.
         max_length: Most tokens per training example; the tail of a longer answer is cut, counted and reported.
         val_size: Rows held out for validation, drawn by the seed; 0 for none.
@@ -73,8 +77,11 @@ class SFTDataModule(LightningDataModule):
             names to files. One loader each.
         eval_batch_size: Examples per batch in validation and test; default: batch_size.
         num_workers: Worker processes per loader.
-        seed: Seed of the held-out rows and of the order of training.
+        seed: Seed of the held-out rows and of the order of training; on the command line seed_everything if not given,
+            else 43.
         revision: Branch, tag or commit of a hub dataset.
+        tokenizer_revision: Branch, tag or commit of a hub tokenizer; on the command line model.revision with the
+            model's tokenizer.
         pad_token: Token to pad with; default: the tokenizer's, else its EOS.
         cache_dir: Folder for tokenised data; default: a folder in the cache of Hugging Face datasets.
         max_samples: Train on at most so many rows, drawn by the seed; the held-out rows do not depend on it.
@@ -96,8 +103,9 @@ class SFTDataModule(LightningDataModule):
         test_path: str | list[str] | dict[str, str] | None = None,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
-        seed: int = 43,
+        seed: int | None = None,
         revision: str | None = None,
+        tokenizer_revision: str | None = None,
         pad_token: str | None = None,
         cache_dir: str | None = None,
         max_samples: int | None = None,
@@ -121,8 +129,9 @@ class SFTDataModule(LightningDataModule):
         self.test_files = name_tasks(test_path)
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
-        self.seed = seed
+        self.seed = DEFAULT_SEED if seed is None else seed
         self.revision = revision
+        self.tokenizer_revision = tokenizer_revision
         self.pad_token = pad_token
         self.cache_dir = cache_dir
         self.max_samples = max_samples
@@ -220,7 +229,7 @@ class SFTDataModule(LightningDataModule):
         if isinstance(self.tokenizer, (str, Path)):
             from lift_lightning.models import load_tokenizer
 
-            self.tokenizer = load_tokenizer(str(self.tokenizer))
+            self.tokenizer = load_tokenizer(str(self.tokenizer), self.tokenizer_revision)
         if self._pad_token_id is None:
             self._pad_token_id = self._choose_pad_token(self.tokenizer)
         return self.tokenizer

@@ -12,16 +12,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.datamodules import SFTDataModule
+from lift_lightning.datamodules.base import DEFAULT_SEED
 from lift_lightning.datamodules.rows import DataError
+from lift_lightning.errors import ConfigError
+from lift_lightning.evaluation.scoring import is_known
 from lift_lightning.export import CheckpointError, export
 from lift_lightning.models import ModelUnavailableError
 from lift_lightning.module import LiftLightningModule
 
-SEED = 43  # of the released code
-
 # What a user can mend, said in one line; everything else keeps its traceback.
 USER_ERRORS = (
     CheckpointError,
+    ConfigError,
     DataError,
     FileExistsError,
     FileNotFoundError,
@@ -48,31 +50,71 @@ sections of a configuration: model (what is trained, and how), data, lift (the s
 
 
 class LiftCLI(LightningCLI):
-    """LightningCLI with a `lift` section for the selection, whose overrides merge, and the tokenizer linked to data."""
+    """LightningCLI with a `lift` section for the selection, whose overrides merge, and data that follow the model."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callback has a section of its own: in a list, a later file would reset its other arguments."""
         parser.add_lightning_class_args(MaskRefreshCallback, "lift")
-        parser.link_arguments("model.model_name_or_path", "data.init_args.tokenizer")
+
+    def before_instantiate_classes(self) -> None:
+        """Let the data take tokenizer and seed from the rest, where nothing else is typed.
+
+        A link of jsonargparse would overwrite what the user typed, without a word.
+        """
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        data, model, seed = config.data.init_args, config.model, config.seed_everything
+        if data.get("tokenizer") is None and "tokenizer" in data:
+            data.tokenizer, data.tokenizer_revision = model.model_name_or_path, model.revision
+        if data.get("seed") is None and "seed" in data and not isinstance(seed, bool):
+            data.seed = seed
+
+    def before_test(self) -> None:
+        """Find out before the work whether it can be done; under `run`, before the training."""
+        model, data = self.model, self.datamodule
+        if model.hparams.task != "causal_lm":
+            raise ConfigError(
+                f"test generates answers, which model.task={model.hparams.task} does not do: use validate"
+            )
+        if not data.test_tasks:
+            raise ConfigError("there is nothing to test on: set --data.test_path to a file with questions and answers")
+        for task in data.test_tasks:
+            if model.hparams.unknown_tasks is None and not is_known(task):
+                raise ConfigError(
+                    f"{task!r} is none of the known tasks: say with --model.unknown_tasks number (or exact) how it is "
+                    "scored, or name the known task that it is: --data.test_path '{addsub: FILE}'"
+                )
 
     def _parse_ckpt_path(self) -> None:
         # Lightning lets the hyperparameters of the checkpoint win over the command line and the config. Here what is
-        # typed is what runs; what the checkpoint restores (weights, optimizer, schedule, progress) it restores anyway.
+        # typed is what runs.
         return
 
 
-def lightning_cli(args: ArgsType = None, run: bool = True) -> LiftCLI:
+class RunCLI(LiftCLI):
+    """`fit` that goes on to test the weights that it trained."""
+
+    def before_fit(self) -> None:
+        """What would stop the test stops the run before the training."""
+        self.before_test()
+
+    def after_fit(self) -> None:
+        """Test with the same Trainer."""
+        self.trainer.test(self.model, datamodule=self.datamodule)
+
+
+def lightning_cli(args: ArgsType = None, run: bool = True, cli: type[LiftCLI] = LiftCLI) -> LiftCLI:
     """The configured LightningCLI, without the dispatcher.
 
     Args:
         args: what follows the program's name, `sys.argv` if not given; or a dict of a configuration.
         run: False only instantiates, and there is no subcommand.
+        cli: whose hooks around the subcommand are wanted.
     """
-    return LiftCLI(
+    return cli(
         LiftLightningModule,
         SFTDataModule,
         subclass_mode_data=True,
-        seed_everything_default=SEED,
+        seed_everything_default=DEFAULT_SEED,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         args=args,
@@ -89,25 +131,21 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _dispatch(argv[0], _with_packaged_configs(argv[1:]))
     except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _dispatch(command: str, rest: list[str]) -> None:
     if command == "export":
-        print(f"wrote {jsonargparse.auto_cli(export, args=rest, as_positional=False)}")
-    elif command == "run":
-        cli = _subcommand("fit", rest)
-        cli.trainer.test(cli.model, datamodule=cli.datamodule)
-    elif command in ("fit", "validate", "test"):
-        _subcommand(command, rest)
+        folder = jsonargparse.auto_cli(export, args=rest, as_positional=False, prog=f"{_prog()} export")
+        print(f"wrote {folder}")
+    elif command in ("fit", "validate", "test", "run"):
+        # LightningCLI warns of arguments that are handed over while the process has some of its own.
+        sys.argv[1:] = ["fit" if command == "run" else command, *rest]
+        lightning_cli(cli=RunCLI if command == "run" else LiftCLI)
     else:
-        sys.exit(f"unknown command {command!r}\n\n{USAGE.format(prog=_prog())}")
-
-
-def _subcommand(command: str, rest: list[str]) -> LiftCLI:
-    # LightningCLI warns of arguments that are handed over while the process has some of its own.
-    sys.argv[1:] = [command, *rest]
-    return lightning_cli()
+        print(f"error: unknown command {command!r}\n\n{USAGE.format(prog=_prog())}", file=sys.stderr, end="")
+        sys.exit(2)
 
 
 def _with_packaged_configs(args: list[str]) -> list[str]:

@@ -194,9 +194,9 @@ def test_tokenizer_by_name(make, monkeypatch, tiny_model_dir):
     models = pytest.importorskip("lift_lightning.models")
     asked = []
     load = models.load_tokenizer
-    monkeypatch.setattr(models, "load_tokenizer", lambda name: asked.append(name) or load(name))
+    monkeypatch.setattr(models, "load_tokenizer", lambda name, revision: asked.append((name, revision)) or load(name))
     data = make_ready(make(tokenizer=str(tiny_model_dir)))
-    assert asked == [str(tiny_model_dir)]
+    assert asked == [(str(tiny_model_dir), None)]
     assert next(iter(data.train_dataloader()))["input_ids"][0, 0] == 1
 
 

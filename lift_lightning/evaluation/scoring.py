@@ -84,6 +84,11 @@ def _key(name: str) -> str:
 TASKS = {_key(task.name): task for task in (*ARITHMETIC, *COMMONSENSE)}
 
 
+def is_known(name: str) -> bool:
+    """Whether the task of this name comes with its own scoring."""
+    return _key(name) in TASKS
+
+
 def get_task(name: str, *, generic: GenericKind | None = None) -> Task:
     """The task of this name; upper and lower case, hyphens and underscores make no difference.
 
