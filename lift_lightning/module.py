@@ -207,7 +207,7 @@ class LiftLightningModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _total_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches  # knows our accumulation from `setup`
+        steps = self.trainer.estimated_stepping_batches  # of optimizer steps, see CountOptimizerSteps
         if steps in (-1, float("inf")):
             raise MisconfigurationException(
                 "the learning rate's schedule needs the length of the run: set trainer.max_steps or trainer.max_epochs"
@@ -229,13 +229,14 @@ class LiftLightningModule(pl.LightningModule):
             parameter.grad = None  # of a fit that broke off
         # Checkpoints are taken between optimizer steps, which is where a run can be resumed.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
-        if self.hparams.method == "lift" and not any(
-            isinstance(callback, MaskRefreshCallback) for callback in self.trainer.callbacks
-        ):
+        if self.hparams.method == "lift" and not self._has_selector():
             raise MisconfigurationException(
                 "method='lift' needs a MaskRefreshCallback to select the entries: Trainer(callbacks="
                 "[MaskRefreshCallback(interval=200, rank=128), ...])"
             )
+
+    def _has_selector(self) -> bool:
+        return any(isinstance(callback, MaskRefreshCallback) for callback in self.trainer.callbacks)
 
     # ---------------------------------------------------------------- training
 
@@ -253,8 +254,7 @@ class LiftLightningModule(pl.LightningModule):
             group.update({key: self.hparams[key] for key in ("betas", "eps", "weight_decay")})
             group["lr"] = rate * schedule(scheduler.last_epoch)
         self._warn_of_narrow_dense_weights(optimizer)
-        if not any(isinstance(callback, MaskRefreshCallback) for callback in self.trainer.callbacks):
-            self._skips = SkipReporter(optimizer)
+        self._skips = None if self._has_selector() else SkipReporter(optimizer)  # the callback has one of its own
 
     def _warn_of_narrow_dense_weights(self, optimizer: SparseAdamW) -> None:
         dense = [p for group in optimizer.param_groups if not group["sparse"] for p in group["params"]]
