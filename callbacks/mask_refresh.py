@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -58,14 +58,16 @@ class MaskRefreshCallback(pl.Callback):
         self.device = device
         self.on_nonfinite = on_nonfinite
         self.config = SelectionConfig(**selection)
+        if on_nonfinite not in get_args(OnNonfinite):
+            raise ConfigError(f"on_nonfinite must be one of {', '.join(get_args(OnNonfinite))}, got {on_nonfinite!r}")
         self.history: list[tuple[int, RefreshReport]] = []
-        self._restored: dict[str, Any] | None = None
         self._forget()
 
     def _forget(self) -> None:
         """The state of a fit that has not begun."""
         self._optimizer: SparseAdamW | None = None
         self._skips: SkipReporter | None = None
+        self._restored: dict[str, Any] | None = None  # of the checkpoint that is resumed; empty if it holds nothing
         self._resolved = self.config  # its density counted over the targets of this model
         self._bases: Bases = {}
         self._checked_step = 0
@@ -83,10 +85,10 @@ class MaskRefreshCallback(pl.Callback):
         """Refuse what would train wrong in silence."""
         if stage == "fit":
             refuse_unsupported(trainer)
+            self._forget()  # before a checkpoint is read
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Apply the selection of a checkpoint, or make the first one. All of the run's state is restored by now."""
-        self._forget()
         self.history = []
         optimizer = self._find_optimizer(trainer)
         if optimizer is not None and any(True for _ in optimizer.sparse_parameters()):
@@ -144,6 +146,8 @@ class MaskRefreshCallback(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """The same after a fit that broke off, which is not torn down."""
         self.teardown(trainer, pl_module, "fit")
+        if self._optimizer is not None and pl_module.automatic_optimization:
+            self._optimizer.zero_grad()  # half a backward may be in them, and a checkpoint may follow
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -156,18 +160,15 @@ class MaskRefreshCallback(pl.Callback):
                 "checked_step": self._checked_step,
                 "selection": asdict(self.config),
             }
+        elif self._restored:  # of a run that was over when it was resumed
+            checkpoint[CHECKPOINT_KEY] = self._restored
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the state until `on_train_start`: on one device there is no optimizer yet."""
         if trainer.state.fn == "fit":  # validating a checkpoint must not reach into the next fit
-            self._restored = checkpoint.get(CHECKPOINT_KEY)
-            if self._restored is None:
-                rank_zero_warn(
-                    "the checkpoint has no selection, it was saved without MaskRefreshCallback: selecting anew, with "
-                    "moments that begin at zero"
-                )
+            self._restored = checkpoint.get(CHECKPOINT_KEY, {})
 
     # ---------------------------------------------------------------- what they do
 
@@ -182,9 +183,10 @@ class MaskRefreshCallback(pl.Callback):
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: SparseAdamW) -> None:
         optimizer.thin_state_dict = True
+        optimizer.attach_hooks()  # gone if it has been through a fit
         entries = sum(p.numel() for _, p, _ in optimizer.sparse_parameters())
         self._resolved = self.config.of_targets(entries, sum(p.numel() for p in pl_module.parameters()))
-        if self._restored is not None:
+        if self._restored:
             optimizer.load_sparse_state_dict(self._restored["optimizer"])
             self._bases = self._restored["bases"]
             self._checked_step = self._restored["checked_step"]
@@ -194,6 +196,11 @@ class MaskRefreshCallback(pl.Callback):
                     f"{asdict(self.config)}, takes effect at the next refresh"
                 )
         elif not optimizer.has_selection():
+            if self._restored is not None:
+                rank_zero_warn(
+                    "the checkpoint has no selection, it was saved without MaskRefreshCallback: selecting anew, with "
+                    "moments that begin at zero"
+                )
             self._checked_step = optimizer.attempted_steps + 1
             self._refresh(trainer, self._checked_step)
         if trainer.is_global_zero:

@@ -180,9 +180,9 @@ class SFTDataModule(LightningDataModule):
             collate_fn=self._collate_training(),
             current_epoch=partial(mended_epoch, trainer) if trainer is not None else None,
         )
-        if self._loader_state is not None:
-            self._train_loader.load_state_dict(self._loader_state)
-            self._loader_state = None
+        state, self._loader_state = self._loader_state, None  # a state that is refused must not be met again
+        if state is not None:
+            self._train_loader.load_state_dict(state)
         return self._train_loader
 
     def state_dict(self) -> dict[str, Any]:

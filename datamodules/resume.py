@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from lift_lightning.datamodules.rows import DataError
+
 
 def mended_epoch(trainer: Any) -> int:
     """The epoch whose first batch is about to be drawn; puts Lightning's counters right where a resume left them wrong.
@@ -154,7 +156,7 @@ class ResumableDataLoader(DataLoader):
         """Go on after the batch at which the state was saved, in the epoch it was saved in.
 
         Raises:
-            ValueError: The data or the batches are not those of the saved run.
+            DataError: The data or the batches are not those of the saved run.
         """
         here = self._identity()
         changed = [
@@ -163,7 +165,7 @@ class ResumableDataLoader(DataLoader):
             if state_dict.get(key) != value
         ]
         if changed and state_dict["batches"]:
-            raise ValueError(
+            raise DataError(
                 f"cannot resume after batch {state_dict['batches']} of epoch {state_dict['epoch']}: "
                 f"{'; '.join(changed)}, so the next unseen sample is not defined. Set it back, or start a new run "
                 "from the weights (no ckpt_path)"

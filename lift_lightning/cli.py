@@ -56,16 +56,19 @@ class LiftCLI(LightningCLI):
         """The callback has a section of its own: in a list, a later file would reset its other arguments."""
         parser.add_lightning_class_args(MaskRefreshCallback, "lift")
 
-    def before_instantiate_classes(self) -> None:
-        """Let the data take tokenizer and seed from the rest, where nothing else is typed.
+    def after_instantiate_classes(self) -> None:
+        """Let the data take tokenizer and seed from the rest, where they are left open.
 
-        A link of jsonargparse would overwrite what the user typed, without a word.
+        A link of jsonargparse would overwrite what the user typed, without a word; and what is written into the
+        configuration would be saved with it, and win over another model or seed when that file is used again.
         """
         config = self.config if self.subcommand is None else self.config[self.subcommand]
-        data, model, seed = config.data.init_args, config.model, config.seed_everything
-        if data.get("tokenizer") is None and "tokenizer" in data:
-            data.tokenizer, data.tokenizer_revision = model.model_name_or_path, model.revision
-        if data.get("seed") is None and "seed" in data and not isinstance(seed, bool):
+        given, model, seed, data = config.data.init_args, config.model, config.seed_everything, self.datamodule
+        if given.get("tokenizer") is None:
+            data.tokenizer = model.model_name_or_path
+            if given.get("tokenizer_revision") is None:
+                data.tokenizer_revision = model.revision
+        if given.get("seed") is None and not isinstance(seed, bool):
             data.seed = seed
 
     def before_test(self) -> None:

@@ -15,9 +15,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_scheduler
 
 from lift_lightning.callbacks import MaskRefreshCallback
+from lift_lightning.callbacks.mask_refresh import CHECKPOINT_KEY as SELECTION_KEY
 from lift_lightning.errors import ConfigError
 from lift_lightning.evaluation.generation import GenerationSettings, generate
 from lift_lightning.evaluation.recorder import AnswerRecorder, summary_table
@@ -36,9 +38,7 @@ Method = Literal["lift", "full"]
 LossReduction = Literal["token_mean", "micro_batch_mean"]
 StateDtype = Literal["float32", "bfloat16"]
 # The schedules of transformers that need nothing beyond warmup and length, and whose rate is a function of the step.
-Schedule = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-]
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt"]
 
 
 class LiftLightningModule(pl.LightningModule):
@@ -114,6 +114,8 @@ class LiftLightningModule(pl.LightningModule):
         super().__init__()
         if accumulate_grad_batches < 1:
             raise ConfigError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+        if not lr >= 0:
+            raise ConfigError(f"lr must be at least 0, got {lr}")
         if not 0 <= warmup_ratio <= 1:
             raise ConfigError(f"warmup_ratio must be between 0 and 1, got {warmup_ratio}")
         if gradient_clip_val is not None and not gradient_clip_val > 0:
@@ -135,12 +137,14 @@ class LiftLightningModule(pl.LightningModule):
         self.meter = StepMeter()
         self._restored: dict[str, Any] | None = None
         self._skips: SkipReporter | None = None
+        self._settings: list[dict[str, Any]] = []
         self._start_step()
         self._val_total, self._val_weight = self._loss, self._weight
 
     def _start_step(self) -> None:
         """Nothing is accumulated: sums over the micro-batches of the coming step."""
         self._accumulated = 0
+        self._inside = False  # a micro-batch, whose gradients may be half there
         # float32 and int64 whatever the default dtype: bfloat16 cannot count beyond 256.
         self._loss = torch.zeros((), dtype=torch.float32, device=self.device)
         self._weight = torch.zeros((), dtype=torch.int64, device=self.device)  # label tokens, or micro-batches
@@ -216,17 +220,21 @@ class LiftLightningModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """What makes the Trainer count in optimizer steps, besides the user's callbacks."""
-        return [*super().configure_callbacks(), CountOptimizerSteps(self.hparams.accumulate_grad_batches)]
+        return [*super().configure_callbacks(), CountOptimizerSteps(self, self.hparams.accumulate_grad_batches)]
 
     def setup(self, stage: str) -> None:
         """Refuse what would train wrong in silence."""
         if stage == "fit":
             refuse_unsupported(self.trainer)
+            self._restored = None  # of a checkpoint that an earlier fit read and did not come to use
 
     def on_fit_start(self) -> None:
         """Refuse to train sparsely when nothing would select the entries."""
         for parameter in self.parameters():
             parameter.grad = None  # of a fit that broke off
+        # The checkpoint, if any, is read after this.
+        keys = ("initial_lr", "betas", "eps", "weight_decay")
+        self._settings = [{k: group[k] for k in keys if k in group} for group in self._sparse_adamw().param_groups]
         # Checkpoints are taken between optimizer steps, which is where a run can be resumed.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         if self.hparams.method == "lift" and not self._has_selector():
@@ -248,13 +256,23 @@ class LiftLightningModule(pl.LightningModule):
         """Begin anew, whatever an earlier fit left behind; on resume, what is typed wins over what was saved."""
         self.meter = StepMeter()
         self._start_step()
-        optimizer, scheduler = self._sparse_adamw(), self.lr_schedulers()
-        scheduler.base_lrs = [self.hparams.lr] * len(optimizer.param_groups)
-        for group, rate, schedule in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-            group.update({key: self.hparams[key] for key in ("betas", "eps", "weight_decay")})
-            group["lr"] = rate * schedule(scheduler.last_epoch)
+        optimizer = self._sparse_adamw()
+        if self._restored is not None:
+            self._take_back_settings(optimizer)
         self._warn_of_narrow_dense_weights(optimizer)
         self._skips = None if self._has_selector() else SkipReporter(optimizer)  # the callback has one of its own
+
+    def _take_back_settings(self, optimizer: SparseAdamW) -> None:
+        """After a checkpoint was read: what `configure_optimizers` had set, and its schedule's rates from here on."""
+        for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
+            group.update(settings)
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, LambdaLR):
+            scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+            for group, rate, schedule in zip(
+                optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = rate * schedule(scheduler.last_epoch)
 
     def _warn_of_narrow_dense_weights(self, optimizer: SparseAdamW) -> None:
         dense = [p for group in optimizer.param_groups if not group["sparse"] for p in group["params"]]
@@ -276,6 +294,7 @@ class LiftLightningModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One micro-batch; every `accumulate_grad_batches` of them, and at the end of an epoch, an optimizer step."""
+        self._inside = True
         loss = self._summed_loss(batch)
         if self.hparams.loss_reduction == "token_mean":
             summand, weight = loss
@@ -286,8 +305,9 @@ class LiftLightningModule(pl.LightningModule):
         self._weight += weight
         self._loss += summand.detach()
         self.meter.count(batch["attention_mask"].sum())
-        if self._accumulated == self.hparams.accumulate_grad_batches or self.trainer.is_last_batch:
+        if self._accumulated >= self.hparams.accumulate_grad_batches or self.trainer.is_last_batch:
             self._optimizer_step()
+        self._inside = False
 
     def _sparse_adamw(self) -> SparseAdamW:
         return self.optimizers().optimizer
@@ -309,7 +329,7 @@ class LiftLightningModule(pl.LightningModule):
         for name, value in metrics.items():
             self.log(name, value, prog_bar=name == "train_loss", logger=False)
         every = self.trainer.log_every_n_steps
-        if every and self.global_step % every == 0:
+        if self.loggers and every and self.global_step % every == 0:
             values = {name: float(value) for name, value in {**metrics, **self.meter.rates(self.device)}.items()}
             for logger in self.loggers:
                 logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step - 1)
@@ -373,7 +393,18 @@ class LiftLightningModule(pl.LightningModule):
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a bit-equal resume needs: random states, and the sums of a step that is under way."""
+        """Add what a bit-equal resume needs: random states, and the sums of a step that is under way.
+
+        A checkpoint that an exception asks for inside a micro-batch begins its next step anew: the gradients may hold a
+        part of that micro-batch.
+        """
+        if self._inside:
+            rank_zero_warn("a checkpoint is saved inside a micro-batch: the gradients of the step are left out")
+            selection = checkpoint.get(SELECTION_KEY, {"optimizer": {"parameters": {}, "dense_grads": {}}})["optimizer"]
+            selection["dense_grads"] = {}
+            for tensors in selection["parameters"].values():
+                tensors.pop("grad", None)
+            self._start_step()
         checkpoint[CHECKPOINT_KEY] = {
             "accumulated": self._accumulated,
             "weight": self._weight,

@@ -31,7 +31,8 @@ class SparseAdamW(Optimizer):
 
     Indices come from outside: `set_indices` gives a parameter its selection, before the first step and at every
     refresh. Gradients of sparse parameters are read in a post-accumulate hook, entry by entry, and the dense gradient
-    is dropped at once, so that the dense gradients of a whole model never exist together. Steps whose gradients are
+    is dropped at once, so that the dense gradients of a whole model never exist together; use the optimizer's own
+    `zero_grad`, since the model's does not know of them. Steps whose gradients are
     not finite change nothing and are counted in `skipped_steps`, without a host synchronisation.
 
     Args:
@@ -180,6 +181,13 @@ class SparseAdamW(Optimizer):
         self._hooks.append(handle)
         _RELEASE_HOOKS[parameter] = handle
 
+    def attach_hooks(self) -> None:
+        """Take the gradients in the backward pass again, after `remove_hooks`."""
+        if self.release_gradients and not self._hooks:
+            for _, parameter, _ in self.sparse_parameters():
+                _drop_earlier_hook(parameter)
+                self._hook(parameter)
+
     def remove_hooks(self) -> None:
         """Leave the gradients of sparse parameters to whoever trains them next; `step` still works, from `p.grad`."""
         _remove_hooks(self._hooks)
@@ -305,6 +313,8 @@ class SparseAdamW(Optimizer):
         Gradients are there only between the micro-batches of one step, those of dense parameters too: what a step has
         used is left out, whether `zero_grad` was called or not.
         """
+        if not self._spent:
+            self.gradients()  # collects those that no hook has taken
         parameters = {
             name: self._sparse[parameter].state_dict(with_grad=not self._spent)
             for name, parameter, _ in self.sparse_parameters()
@@ -323,12 +333,13 @@ class SparseAdamW(Optimizer):
         """Take over what `sparse_state_dict` returned.
 
         Raises:
-            ValueError: if the names or sizes are not those of this optimizer's sparse parameters.
+            ConfigError: if the names are not those of this optimizer's sparse parameters.
+            ValueError: if the sizes are not those of this optimizer's sparse parameters.
         """
         saved = state_dict["parameters"]
         mine = {name: parameter for name, parameter, _ in self.sparse_parameters()}
         if saved and saved.keys() != mine.keys():
-            raise ValueError(
+            raise ConfigError(
                 f"the checkpoint's selection is for {len(saved)} parameters, this optimizer has {len(mine)}: "
                 f"only in the checkpoint {sorted(saved.keys() - mine.keys())[:3]}, "
                 f"only here {sorted(mine.keys() - saved.keys())[:3]}; "
@@ -340,6 +351,7 @@ class SparseAdamW(Optimizer):
         named = {name: parameter for parameter, name in self._names.items()}
         for name, grad in state_dict["dense_grads"].items():
             named[name].grad = grad.to(named[name].device, copy=True)  # the next backward adds to it in place
+        self._spent = False
         self.attempted_steps = state_dict["attempted_steps"]
         self.skipped_steps = state_dict["skipped_steps"].to(self.skipped_steps.device)
 
@@ -357,9 +369,20 @@ class SparseAdamW(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; a thin one leaves the sparse part to `load_sparse_state_dict`."""
+        """Load what `state_dict` returned; a thin one leaves the sparse part to `load_sparse_state_dict`.
+
+        Raises:
+            ConfigError: if the groups are not of the same sizes.
+        """
         state_dict = dict(state_dict)
         sparse = state_dict.pop("sparse", None)
+        saved = [len(group["params"]) for group in state_dict["param_groups"]]
+        mine = [len(group["params"]) for group in self.param_groups]
+        if saved != mine:
+            raise ConfigError(
+                f"the checkpoint's optimizer has groups of {saved} parameters, this one of {mine}: resume with the "
+                "method, target_modules and modules_to_train of the run that wrote it"
+            )
         super().load_state_dict(state_dict)
         if sparse is not None:
             self.load_sparse_state_dict(sparse)

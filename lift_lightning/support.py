@@ -81,18 +81,20 @@ class CountOptimizerSteps(pl.Callback):
     the end.
     """
 
-    def __init__(self, accumulate_grad_batches: int) -> None:
+    def __init__(self, module: pl.LightningModule, accumulate_grad_batches: int) -> None:
+        self.module = module
         self.accumulate_grad_batches = accumulate_grad_batches
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Set it for a fit."""
-        if stage == "fit":
+        """Set it for a fit of its module; the Trainer keeps the callback, and may fit another one later."""
+        if stage == "fit" and pl_module is self.module:
             trainer.accumulate_grad_batches = self.accumulate_grad_batches
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the Trainer as it was."""
-        trainer.accumulate_grad_batches = 1
+        if pl_module is self.module:
+            trainer.accumulate_grad_batches = 1
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """A fit that broke off is not torn down."""
-        trainer.accumulate_grad_batches = 1
+        self.teardown(trainer, pl_module, "fit")

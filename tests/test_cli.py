@@ -153,6 +153,17 @@ def test_data_follow_the_model_and_the_seed_unless_something_else_is_typed(tiny_
     assert (found.seed, found.tokenizer, found.tokenizer_revision) == (3, str(tiny_model_dir), None)
 
 
+def test_a_saved_config_follows_another_model_and_seed(lift, tiny, tmp_path, monkeypatch):
+    """What follows from model and seed is not saved: it would win over those that are typed beside the saved file."""
+    lift("fit", *tiny)
+    seen = []
+    monkeypatch.setattr(cli.LiftCLI, "_run_subcommand", lambda self, command: seen.append(self.datamodule))
+    saved = ["--config", str(tmp_path / "run/config.yaml")]
+    lift("fit", *saved, "--model.model_name_or_path", "other", "--seed_everything", "7")
+    assert (seen[0].tokenizer, seen[0].seed) == ("other", 7)
+    assert seen[0].path != "lmms-lab/Math10K"
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [

@@ -218,6 +218,7 @@ def test_stepping_without_the_callback_names_the_remedy():
     ("arguments", "message"),
     [
         ({"interval": 0}, "interval must be at least 1"),
+        ({"on_nonfinite": "rais"}, "on_nonfinite must be one of warn, raise, got 'rais'"),
         ({"rank": 4, "density": 0.1}, "rank=4 and density=0.1"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"density": 1.5}, "density must be above 0 and at most 1"),

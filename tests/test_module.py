@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from foreign import Regression, loader
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from lift_lightning import LiftLightningModule
 from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.datamodules import Math10KDataModule
+from lift_lightning.datamodules.rows import DataError
 from lift_lightning.export import export
 from lift_lightning.losses import causal_lm_loss
 
@@ -297,6 +299,93 @@ def test_on_resume_what_is_typed_wins(tiny_model_dir, sums_file, tmp_path):
     assert seen == [pytest.approx(0.1 * (10 - step) / 10) for step in range(5, 10)]
     group = fitting.optimizers[0].param_groups[0]
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.6), 0.3, 1e-5)
+
+
+def test_settings_of_a_subclass_stay_in_a_fresh_fit_and_on_resume(tiny_model_dir, sums_file, tmp_path):
+    class Own(LiftLightningModule):
+        def configure_optimizers(self):
+            found = super().configure_optimizers()
+            found["optimizer"].param_groups[0]["weight_decay"] = 0.5
+            return found
+
+    def fit(epochs: int, ckpt_path: Path | None = None) -> pl.Trainer:
+        run = trainer(refresh(), max_epochs=epochs)
+        run.fit(Own(str(tiny_model_dir)), datamodule=data(sums_file, tiny_model_dir), ckpt_path=ckpt_path)
+        return run
+
+    run = fit(1)
+    assert run.optimizers[0].param_groups[0]["weight_decay"] == 0.5
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    assert fit(2, tmp_path / "one.ckpt").optimizers[0].param_groups[0]["weight_decay"] == 0.5
+
+
+def test_a_resume_that_does_not_train_leaves_nothing_for_the_next_fit(tiny_model_dir, sums_file, tmp_path):
+    """Of a finished run, and of one that is refused because the batches are others."""
+    make = {"datamodule": data(sums_file, tiny_model_dir)}
+    first = trainer(refresh(), max_steps=3)
+    first.fit(LiftLightningModule(str(tiny_model_dir)), **make)
+    first.save_checkpoint(tmp_path / "three.ckpt")
+
+    module, callback = LiftLightningModule(str(tiny_model_dir)), refresh()
+    over = trainer(callback, max_steps=3)
+    over.fit(module, ckpt_path=tmp_path / "three.ckpt", **make)
+    over.save_checkpoint(tmp_path / "again.ckpt")  # still has its selection
+    assert (
+        len(torch.load(tmp_path / "again.ckpt", weights_only=True)["lift_lightning"]["optimizer"]["parameters"]) == 14
+    )
+
+    other = data(sums_file, tiny_model_dir, batch_size=2)
+    with pytest.raises(DataError, match="cannot resume after batch 3"):
+        trainer(callback).fit(module, datamodule=other, ckpt_path=tmp_path / "three.ckpt")
+    fresh = trainer(callback, max_steps=2)
+    fresh.fit(module, datamodule=other)
+    assert fresh.optimizers[0].attempted_steps == 2
+    assert [step for step, _ in callback.history] == [1]
+
+
+def test_a_checkpoint_of_an_exception_inside_a_micro_batch_has_no_half_gradient(tiny_model_dir, sums_file, tmp_path):
+    class Fails(LiftLightningModule):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:  # the first two projections have their gradient, the others do not
+                self._inside = True
+                layer = self.hf_model.model.layers[0].self_attn
+                (layer.q_proj.weight.sum() + layer.k_proj.weight.sum()).backward()
+                raise Breaks
+            super().training_step(batch, batch_idx)
+
+    saving = ModelCheckpoint(tmp_path, save_on_exception=True, filename="{step}")
+    run = trainer(refresh(), saving)
+    with pytest.warns(UserWarning, match="inside a micro-batch"), pytest.raises(Breaks):
+        run.fit(Fails(str(tiny_model_dir)), datamodule=data(sums_file, tiny_model_dir))
+    (file,) = tmp_path.glob("*.ckpt")
+    saved = torch.load(file, weights_only=True)["lift_lightning"]["optimizer"]
+    assert saved["attempted_steps"] == 2
+    assert not any("grad" in tensors for tensors in saved["parameters"].values())
+
+
+def test_fewer_micro_batches_to_a_step_on_resume(tiny_model_dir, sums_file, tmp_path):
+    """Two of three are done when the checkpoint is taken; with one to a step the next makes one, and so on."""
+    callback = BreakOff(tmp_path / "middle.ckpt")
+    with pytest.raises(Breaks):
+        trainer(refresh(), callback).fit(
+            LiftLightningModule(str(tiny_model_dir), accumulate_grad_batches=3),
+            datamodule=data(sums_file, tiny_model_dir),
+        )
+    run = trainer(refresh())
+    module = LiftLightningModule(str(tiny_model_dir), accumulate_grad_batches=1)
+    run.fit(module, datamodule=data(sums_file, tiny_model_dir), ckpt_path=tmp_path / "middle.ckpt")
+    assert run.global_step == 3  # micro-batches 3, 4 and 5
+
+
+def test_a_trainer_forgets_the_accumulation_of_another_module(tiny_model_dir, sums_file):
+    run = trainer(refresh(), max_epochs=1)
+    run.fit(
+        LiftLightningModule(str(tiny_model_dir), accumulate_grad_batches=3), datamodule=data(sums_file, tiny_model_dir)
+    )
+    other = Regression()
+    run.fit_loop.max_epochs = 2
+    run.fit(other, loader())
+    assert run.optimizers[0].attempted_steps == 6
 
 
 @pytest.mark.parametrize("with_callback", [True, False])

@@ -362,3 +362,19 @@ def test_the_optimizer_does_not_keep_hooks_on_a_model_that_is_saved():
     loss_of(loaded, 0).backward()
     assert torch.equal(loaded[0].weight.grad, copied[0].weight.grad)
     assert optimizer.gradients() == []
+
+
+def test_hooks_come_and_go():
+    model = network()
+    optimizer = optimizer_of(model)
+    select_at_random(optimizer, 0.3, seed=0)
+    optimizer.remove_hooks()
+    loss_of(model, 0).backward()
+    assert model[0].weight.grad is not None
+    pending = optimizer.sparse_state_dict()["parameters"]["0.weight"]["grad"].clone()  # collected for the checkpoint
+    optimizer.zero_grad()
+    optimizer.attach_hooks()
+    optimizer.attach_hooks()  # twice is once
+    loss_of(model, 0).backward()
+    assert model[0].weight.grad is None
+    assert torch.equal(optimizer.sparse_state_dict()["parameters"]["0.weight"]["grad"], pending)
