@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100  # transformers' label of tokens that take no part in the loss
+from lift_lightning.prompts import IGNORE_INDEX
 
 
 class SummedLoss(NamedTuple):
@@ -34,10 +34,10 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> SummedLoss:
         labels: (B, T) token ids, -100 where there is nothing to learn.
     """
     # The labels are shifted and not the logits: cutting off their last column would copy them.
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
     predictions = logits.reshape(-1, logits.shape[-1]).float()
-    total = F.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
-    return SummedLoss(total, (targets != IGNORED).sum())
+    total = F.cross_entropy(predictions, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return SummedLoss(total, (targets != IGNORE_INDEX).sum())
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> SummedLoss:

@@ -99,7 +99,7 @@ def _exact(weight: Tensor, rank: int) -> LowRankFactors:
 
 def _gram(matrix: Tensor, scale: Tensor) -> Tensor:
     """A A^T / scale^2 in float64 for A (S, L), summed over blocks of columns."""
-    side, length = matrix.shape
+    side = matrix.shape[0]
     gram = torch.zeros(side, side, dtype=torch.float64, device=matrix.device)
     for block in matrix.split(max(1, _BLOCK_ENTRIES // side), dim=1):
         block = block.double() / scale

@@ -11,12 +11,13 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from lift_lightning.losses import IGNORED, causal_lm_loss, classification_loss
+from lift_lightning.losses import causal_lm_loss, classification_loss
+from lift_lightning.prompts import IGNORE_INDEX
 
 
 def test_causal_loss_literally():
     """Uniform logits over 4 tokens: log 4 for each label but the first position's, which nothing predicts."""
-    labels = torch.tensor([[1, IGNORED, 2, 3], [IGNORED, IGNORED, IGNORED, 0]])
+    labels = torch.tensor([[1, IGNORE_INDEX, 2, 3], [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 0]])
     total, count = causal_lm_loss(torch.zeros(2, 4, 4), labels)
     assert count.item() == 3  # of the first row 2 and 3, its 1 stands first; of the second row 0
     assert count.dtype == torch.int64
@@ -35,7 +36,7 @@ def test_causal_loss_is_that_of_transformers():
     model = tiny_llama()
     ids = torch.randint(3, 259, (3, 20), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
-    labels[0, :12] = labels[1, 15:] = IGNORED
+    labels[0, :12] = labels[1, 15:] = IGNORE_INDEX
     output = model(input_ids=ids, labels=labels)
     total, count = causal_lm_loss(output.logits, labels)
     torch.testing.assert_close(total / count, output.loss)
@@ -45,7 +46,7 @@ def test_causal_loss_is_that_of_transformers():
 def test_another_split_changes_nothing_but_rounding():
     rng = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(4, 9, 7, generator=rng), torch.randint(7, (4, 9), generator=rng)
-    labels[0, :8] = IGNORED  # one label token against eight in each of the other rows
+    labels[0, :8] = IGNORE_INDEX  # one label token against eight in each of the other rows
     total, count = causal_lm_loss(logits, labels)
     parts = [causal_lm_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(4)]
     assert sum(p.weight for p in parts) == count == 1 + 3 * 8
@@ -56,7 +57,7 @@ def test_another_split_changes_nothing_but_rounding():
 
 def test_no_label_gives_zero_and_no_nan():
     logits = torch.randn(1, 5, 7, requires_grad=True)
-    total, count = causal_lm_loss(logits, torch.full((1, 5), IGNORED))
+    total, count = causal_lm_loss(logits, torch.full((1, 5), IGNORE_INDEX))
     total.backward()
     assert (total.item(), count.item()) == (0.0, 0)
     assert torch.equal(logits.grad, torch.zeros_like(logits))
