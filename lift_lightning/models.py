@@ -47,6 +47,9 @@ _AUTO_CLASSES: dict[str, Any] = {
 }
 # What reading a broken weight file raises: safetensors, and torch.load on a truncated or foreign .bin file.
 _BROKEN_WEIGHTS = (OSError, EOFError, pickle.UnpicklingError, SafetensorError)
+# Models that come with the package: the name they are asked for by, and their folder in it.
+BUNDLED = {"lift-lightning/quickstart": "quickstart/model"}
+
 # Names with these beginnings, or more than one slash, cannot be hub ids.
 _PATH_LIKE = re.compile(r"^(/|\.|~|[A-Za-z]:[\\/])|\\|/.*/|/$")
 
@@ -240,6 +243,8 @@ def keep_buffer_dtypes(module: nn.Module) -> Iterator[None]:
 def _locate(kind: str, name: str, revision: str | None, *, needs: str) -> tuple[str, bool]:
     """What to hand to `from_pretrained`, and whether it must stay off the network."""
     path = Path(name).expanduser()
+    if name in BUNDLED and not path.exists():  # a user's own folder of that name wins
+        path = Path(__file__).parent / BUNDLED[name]
     if name and path.is_dir():
         if kind == "model" and not (path / needs).is_file():
             raise _unavailable(kind, name, f"the folder has no {needs}")

@@ -46,6 +46,10 @@ LEVELS = {
     "lift_lightning.callbacks": 3,
     "lift_lightning.datamodules": 3,
     "lift_lightning.quickstart": 3,
+    # What stands above the parts: the command line and the tools beside it
+    "lift_lightning.quickstart.run": 4,
+    "lift_lightning.quickstart.compare": 4,
+    "lift_lightning.quickstart.__main__": 4,
     "lift_lightning.cli": 4,
     "lift_lightning.export": 4,
     "main": 4,

@@ -57,19 +57,23 @@ def installed_path(path: Path) -> str:
     return "/".join(parts if parts[0] == "lift_lightning" else ("lift_lightning", *parts))
 
 
-def test_every_source_and_config_is_in_the_wheel(contents: set[str]):
-    files = [p for name in PACKAGED for suffix in ("py", "yaml", "typed") for p in (ROOT / name).rglob(f"*.{suffix}")]
+SUFFIXES = ("py", "yaml", "typed", "json", "csv", "safetensors")
+
+
+def test_every_source_config_and_model_is_in_the_wheel(contents: set[str]):
+    files = [p for name in PACKAGED for suffix in SUFFIXES for p in (ROOT / name).rglob(f"*.{suffix}")]
     assert {installed_path(path) for path in files} <= contents
     assert {"lift_lightning/py.typed", "lift_lightning/callbacks/__init__.py"} <= contents
     assert "lift_lightning/configs/math10k.yaml" in contents
     assert any(name.startswith("lift_lightning/configs/models/") for name in contents)
+    assert "lift_lightning/quickstart/model/model.safetensors" in contents
 
 
 def test_every_package_folder_is_listed():
     """`packages` is a list by hand, because of the mapping: a folder that is forgotten there is missing in silence."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         setuptools = tomllib.load(file)["tool"]["setuptools"]
-    files = [p for name in PACKAGED for p in (ROOT / name).rglob("*") if p.suffix in {".py", ".yaml"}]
+    files = [p for name in PACKAGED for p in (ROOT / name).rglob("*") if p.suffix in {".py", ".yaml", ".safetensors"}]
     packages = {installed_path(file.parent).replace("/", "."): file.parent for file in files}
     assert set(setuptools["packages"]) == set(packages)
     for package, folder in setuptools["package-dir"].items():
@@ -102,6 +106,8 @@ from importlib import resources
 import lift_lightning, lift_lightning.callbacks, lift_lightning.datamodules
 print(lift_lightning.__file__, lift_lightning.callbacks.__file__, lift_lightning.datamodules.__file__, sep="\\n")
 print(resources.files("lift_lightning.configs") / "math10k.yaml")
+from lift_lightning.models import load_model
+assert load_model("lift-lightning/quickstart").model.config.vocab_size == 1536
 """
     places = run([sys.executable, "-c", code], cwd=tmp_path, env=alone).split()
     assert len(places) == 4

@@ -77,11 +77,19 @@ COMMONSENSE = (
 )
 
 
+# Of the bundled model, see lift_lightning/quickstart.
+QUICKSTART = (
+    Task("quickstart-source", 1, "exact"),
+    Task("quickstart-bridge", 1, "number"),
+    Task("quickstart-target", 1, "number"),
+)
+
+
 def _key(name: str) -> str:
     return re.sub(r"[-_\s]", "", name).lower()
 
 
-TASKS = {_key(task.name): task for task in (*ARITHMETIC, *COMMONSENSE)}
+TASKS = {_key(task.name): task for task in (*ARITHMETIC, *COMMONSENSE, *QUICKSTART)}
 
 
 def is_known(name: str) -> bool:
