@@ -1,8 +1,9 @@
 # `make help` lists the targets. Each of them makes .venv first where it is missing or older than what it is made from.
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,baselines,analysis
+EXTRAS ?= dev,baselines,analysis,docs
 PYTEST_ARGS ?=
+OPTIONS ?=
 
 # Absolute, because `lint` runs mypy from another folder.
 BIN := $(abspath $(VENV))/bin
@@ -15,12 +16,13 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-gpu lint format bench clean
+
+.PHONY: help venv quickstart compare test test-gpu lint format bench docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
 	@echo
-	@echo "PYTHON=$(PYTHON) makes the environment; PYTEST_ARGS='-k name -x' go to pytest."
+	@echo "PYTHON=$(PYTHON) makes the environment; PYTEST_ARGS='-k name -x' go to pytest, OPTIONS='--model.lr 2e-3' to quickstart."
 
 venv: $(STAMP)  ## .venv with the tested versions and this tree, editable
 
@@ -31,6 +33,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
+
+quickstart: $(STAMP)  ## fine-tune the bundled model with LIFT, and show what it learned and kept
+	$(BIN)/python -m lift_lightning.quickstart $(OPTIONS)
+
+compare: $(STAMP)  ## LIFT, LoRA, a random mask and full fine-tuning on the bundled model, three seeds each
+	$(BIN)/python -m lift_lightning.quickstart.compare $(OPTIONS)
 
 test: $(STAMP)  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
@@ -60,6 +68,9 @@ else
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 endif
 
+docs: $(STAMP)  ## the documentation, into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:  ## remove .venv, caches and build outputs
-	rm -rf $(VENV) $(CACHE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CACHE) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

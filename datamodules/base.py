@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -64,7 +64,7 @@ class DataReport:
 class SFTDataModule(LightningDataModule):
     """Rows of a file or a hub dataset as training examples: the loss is on the answer only.
 
-    A dataset of another shape overrides `columns`, `test_columns` and `to_example`.
+    A dataset of another shape overrides `columns`, `test_columns` and `to_example`; one from elsewhere, `read`.
 
     Args:
         path: Training rows: a .json, .jsonl or .parquet file, a folder with one, or a Hugging Face hub id.
@@ -145,6 +145,12 @@ class SFTDataModule(LightningDataModule):
         self._test_rows: dict[str, Rows] | None = None
         self._train_loader: ResumableDataLoader | None = None
         self._loader_state: dict[str, int] | None = None
+
+    def read(self, path: str, split: Literal["train", "test"]) -> Rows:
+        """The raw rows of the training data or of one test set."""
+        if split == "test":
+            return read_rows(path, split, option="--data.test_path")
+        return read_rows(path, split, revision=self.revision)
 
     def to_example(self, row: Row) -> tuple[str, str]:
         """Prompt and target of a checked row. Of a test row only the prompt is used."""
@@ -249,7 +255,7 @@ class SFTDataModule(LightningDataModule):
         tokenizer = self._ready_tokenizer()
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token, so no answer can be ended: set its eos_token")
-        read = read_rows(self.path, "train", revision=self.revision)
+        read = self.read(self.path, "train")
         self.check_source(read)
         rows = check_rows(drop_empty(read, self.columns) if self.skip_empty else read, self.columns)
         train, val = split_rows(len(rows), self.val_size, self.seed, self.max_samples)
@@ -295,7 +301,7 @@ class SFTDataModule(LightningDataModule):
         self._ready_tokenizer()
         self._test_rows = {}
         for task, path in self.test_files.items():
-            rows = check_rows(read_rows(path, "test", option="--data.test_path"), self.test_columns)
+            rows = check_rows(self.read(path, "test"), self.test_columns)
             self._test_rows[task] = rows.subset(range(len(rows))[: self.test_limit])
 
     def _warn_of_overlap(self, task: str, tests: Rows, train: list[Row]) -> None:

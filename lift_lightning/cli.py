@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -125,17 +129,32 @@ def lightning_cli(args: ArgsType = None, run: bool = True, cli: type[LiftCLI] = 
     )
 
 
+@contextmanager
+def command() -> Iterator[None]:
+    """Around what a user starts: a mistake of the user's ends with one message and exit status 2.
+
+    It also keeps out of the terminal what concerns neither the user nor this package.
+    """
+    # bitsandbytes, when anything imports it: that a kernel for 4-bit inference on CPUs is not installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Lightning 2.6 and peft 0.21 use names that torch and transformers have deprecated since.
+    for message in (".isinstance.treespec, LeafSpec", ".is_gradient_checkpointing. is deprecated"):
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    try:
+        yield
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Dispatch to a command; a user's mistake ends with one message and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(prog=_prog()), end="")
         sys.exit(0 if argv else 2)
-    try:
-        _dispatch(argv[0], _with_packaged_configs(argv[1:]))
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with command():
+        _dispatch(argv[0], with_packaged_configs(argv[1:]))
 
 
 def _dispatch(command: str, rest: list[str]) -> None:
@@ -151,7 +170,7 @@ def _dispatch(command: str, rest: list[str]) -> None:
         sys.exit(2)
 
 
-def _with_packaged_configs(args: list[str]) -> list[str]:
+def with_packaged_configs(args: list[str]) -> list[str]:
     """Look a config file that is not there up in the package, so that `configs/math10k.yaml` works outside a clone."""
     found = list(args)
     for i, argument in enumerate(args):

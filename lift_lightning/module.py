@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.callbacks.mask_refresh import CHECKPOINT_KEY as SELECTION_KEY
@@ -69,7 +69,7 @@ class LiftLightningModule(pl.LightningModule):
             does not matter; `micro_batch_mean` averages the means of the micro-batches, as the released code does.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         state_dtype: dtype of the moments of sparse parameters, `float32` or `bfloat16`.
-        master_weights: keep float32 copies of the selected entries; null means for bfloat16 weights.
+        master_weights: keep float32 copies of the selected entries; null means for bfloat16 and float16 weights.
         attn_implementation: attention kernel of transformers, such as `sdpa`.
         revision: of the model on the hub.
         num_beams: of generation in `test` (the paper's code: 4).
@@ -183,17 +183,8 @@ class LiftLightningModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """`SparseAdamW` and a transformers schedule that `training_step` steps, once for each optimizer step."""
         hparams = self.hparams
-        lift = hparams.method == "lift"
-        new = [f"^{re.escape(name)}$" for name in self.new_parameters]
-        wanted = hparams.modules_to_train or []
-        dense = [*([wanted] if isinstance(wanted, str) else wanted), *new]
-        groups = build_param_groups(
-            self.hf_model,
-            target_modules=hparams.target_modules if lift else (),
-            modules_to_train=dense if lift else ".",
-        )
         optimizer = SparseAdamW(
-            groups,
+            self.param_groups(),
             lr=hparams.lr,
             betas=hparams.betas,
             eps=hparams.eps,
@@ -202,6 +193,9 @@ class LiftLightningModule(pl.LightningModule):
             master_weights=hparams.master_weights,
         )
         steps = self._total_steps()
+        # Here, because it brings transformers' Trainer along, and peft and bitsandbytes where they are installed.
+        from transformers import get_scheduler
+
         scheduler = get_scheduler(
             hparams.lr_scheduler_type,
             optimizer,
@@ -209,6 +203,16 @@ class LiftLightningModule(pl.LightningModule):
             num_training_steps=steps,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What is trained sparsely and what densely; the rest is frozen. Override for another method."""
+        hparams = self.hparams
+        if hparams.method == "full":
+            return build_param_groups(self.hf_model, target_modules=(), modules_to_train=".")
+        new = [f"^{re.escape(name)}$" for name in self.new_parameters]
+        wanted = hparams.modules_to_train or []
+        dense = [*([wanted] if isinstance(wanted, str) else wanted), *new]
+        return build_param_groups(self.hf_model, target_modules=hparams.target_modules, modules_to_train=dense)
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches  # of optimizer steps, see CountOptimizerSteps
