@@ -36,7 +36,7 @@ def plot_run(log_dir: Path, output: Path) -> Path:
         _line(skills, metrics.get(name, []), label, marker="o")
     skills.set(title="Held-out questions", ylabel="accuracy", ylim=(-0.02, 1.05))
     if skills.lines:
-        skills.legend(loc="center right", frameon=False)
+        skills.legend(loc="lower right", frameon=False)
     for axes in (loss, overlap, skills):
         axes.set_xlabel("optimizer step")
         axes.set_xlim(left=0)
