@@ -1,7 +1,8 @@
 """Pretrain the bundled model from nothing: `python -m lift_lightning.quickstart.pretrain --output FOLDER`.
 
 What is read at a step depends on the seed and the step alone, so that a run that was cut off goes on where its last
-checkpoint was, with the same batches. The shipped `model/` was made by this script with its defaults.
+checkpoint was, with the same batches. The shipped `model/` was made by this recipe in two sittings: the second mixture
+was added to the script when the first had been read.
 """
 
 from __future__ import annotations

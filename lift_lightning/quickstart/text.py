@@ -74,7 +74,7 @@ def questions(skill: Skill, count: int, *, split: Split, seed: int = 0) -> list[
 
 
 def _of_fact(fact: world.Fact, rng: random.Random) -> Question:
-    return _short(rng.choice(fact.relation.questions).format(town=fact.town), fact.value)
+    return _short(fact.ask(rng.randrange(len(fact.relation.questions))), fact.value)
 
 
 def _short(instruction: str, value: object, input: str = "") -> Question:
