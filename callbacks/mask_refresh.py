@@ -34,6 +34,8 @@ class MaskRefreshCallback(pl.Callback):
     Args:
         interval: optimizer steps between refreshes; null keeps the first selection.
         device: where decompositions run, such as `cuda:0` for weights on the CPU; each weight's own if not given.
+        basis_device: where the subspace solver's bases wait for the next refresh, `cpu` to keep them out of the GPU's
+            memory; where they were made if not given.
         on_nonfinite: what to do about steps that were skipped because their gradients were not finite: `warn`, or
             `raise`. Looked at when the Trainer logs.
         **selection: the fields of `SelectionConfig`.
@@ -49,6 +51,7 @@ class MaskRefreshCallback(pl.Callback):
         self,
         interval: int | None = 200,
         device: str | None = None,
+        basis_device: str | None = None,
         on_nonfinite: OnNonfinite = "warn",
         **selection: Any,
     ) -> None:
@@ -56,6 +59,7 @@ class MaskRefreshCallback(pl.Callback):
             raise ConfigError(f"interval must be at least 1 optimizer step, or null for a fixed mask, got {interval}")
         self.interval = interval
         self.device = device
+        self.basis_device = basis_device
         self.on_nonfinite = on_nonfinite
         self.config = SelectionConfig(**selection)
         if on_nonfinite not in get_args(OnNonfinite):
@@ -215,6 +219,7 @@ class MaskRefreshCallback(pl.Callback):
             self._optimizer,
             self._resolved,
             device=self.device,
+            basis_device=self.basis_device,
             bases=self._bases,
             progress=lambda items: track(items, "Selecting principal weights", disable=not show),
         )
@@ -233,8 +238,11 @@ class MaskRefreshCallback(pl.Callback):
                 f"the rank of the approximation, {self.config.approximation_rank}, is not below the shorter side of "
                 f"{report.unreduced} matrices: their entries are picked by plain magnitude; set a smaller lra_rank"
             )
+        solvers = ", ".join(f"{count} {solver}" for solver, count in report.solvers.items())
+        if "subspace" in report.solvers:
+            solvers += f" (error up to {report.error:.1e})"
         overlap = "" if report.overlap is None else f", {report.overlap:.2%} of them selected before"
         rank_zero_info(
             f"LIFT refresh at step {step}: {report.selected:,} of {report.entries:,} entries "
-            f"({report.density:.2%}){overlap}, {report.seconds:.1f} s"
+            f"({report.density:.2%}){overlap}, {report.seconds:.1f} s{solvers and '; matrices by solver: '}{solvers}"
         )

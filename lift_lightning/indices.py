@@ -6,8 +6,20 @@ makes results reproducible, memory access regular, and the part of a contiguous 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+# What is asked for one part of a matrix of scores: slices of its rows and columns.
+Part = Callable[[tuple[slice, slice]], Tensor]
+
+# Scores that are looked at first, to bracket the threshold.
+_SAMPLE = 2**14
+# Scores that exist at one time: on a CPU as many as its caches hold, else enough to keep a GPU busy.
+_BLOCK_ENTRIES = {"cpu": 2**18}
+_BLOCK_ENTRIES_ELSEWHERE = 2**24
 
 
 def top_k_indices(scores: Tensor, k: int, *, largest: bool = True) -> Tensor:
@@ -25,18 +37,91 @@ def top_k_indices(scores: Tensor, k: int, *, largest: bool = True) -> Tensor:
         ValueError: if k is out of range.
     """
     flat = scores.reshape(-1)
-    if not 0 <= k <= flat.numel():
-        raise ValueError(f"k must be between 0 and the {flat.numel()} scores there are, got {k}")
-    if k == flat.numel():
-        return torch.arange(k, device=flat.device)
+    return top_k_of_parts(flat.unsqueeze(1).__getitem__, (flat.numel(), 1), k, flat.device, largest=largest)
+
+
+def top_k_of_parts(
+    scores: Part, shape: tuple[int, int], k: int, device: torch.device, *, largest: bool = True
+) -> Tensor:
+    """`top_k_indices` of an (M, N) matrix of scores that is made some rows at a time and never exists as a whole.
+
+    The threshold is bracketed from a sample of the scores, so that one pass can leave out nearly all of what lies below
+    it and need not rank what lies above. The sample decides how much work there is, never which entries are found: a
+    bracket that turns out wrong is widened.
+
+    Args:
+        scores: (slice of rows, slice of columns) -> the scores there, no NaN. It is asked for blocks of whole rows,
+            which follow each other, and for a sample, with steps.
+        shape: (M, N).
+        k: how many, from 0 to M * N.
+        device: of the scores.
+        largest: False takes the smallest.
+
+    Raises:
+        ValueError: if k is out of range.
+    """
+    entries = shape[0] * shape[1]
+    if not 0 <= k <= entries:
+        raise ValueError(f"k must be between 0 and the {entries} scores there are, got {k}")
+    if k == entries:
+        return torch.arange(k, device=device)
     if k == 0:
-        return torch.empty(0, dtype=torch.int64, device=flat.device)
-    # Which of equal scores a sort or torch.topk takes is left open, so only the threshold value is asked for.
-    threshold = flat.kthvalue(flat.numel() - k + 1 if largest else k).values
-    chosen = flat > threshold if largest else flat < threshold
-    ties = (flat == threshold).nonzero().squeeze(1)
+        return torch.empty(0, dtype=torch.int64, device=device)
+    ranked = scores if largest else lambda part: -scores(part)
+    low, high = _bracket(ranked, shape, k)
+    values, positions = _at_least(ranked, shape, device, low)
+    if values.numel() < k:
+        values, positions = _at_least(ranked, shape, device, None)
+    # Which of equal scores a sort or torch.topk takes is left open, so only the threshold's value is asked for.
+    undecided, rank = values, k
+    if high is not None:
+        above = int((values > high).sum())
+        if 0 < above < k:
+            undecided, rank = values[values <= high], k - above
+    threshold = undecided.kthvalue(undecided.numel() - rank + 1).values
+    chosen = values > threshold
+    ties = (values == threshold).nonzero().squeeze(1)
     chosen[ties[: k - int(chosen.sum())]] = True
-    return chosen.nonzero().squeeze(1)
+    return positions[chosen]
+
+
+def _bracket(scores: Part, shape: tuple[int, int], k: int) -> tuple[Tensor | None, Tensor | None]:
+    """Values between which the k-th largest score probably lies; None where a sample would not help."""
+    entries = shape[0] * shape[1]
+    size = max(_SAMPLE, entries // 256)
+    if entries <= 4 * size:
+        return None, None
+    # A grid of about as many rows as columns, as far as there are so many.
+    high = min(shape[0], max(math.isqrt(size), size // shape[1]))
+    wide = min(shape[1], size // high)
+    sample = scores((slice(0, None, shape[0] // high), slice(0, None, shape[1] // wide))).reshape(-1)
+    expected = sample.numel() * k / entries
+    # Entries of a row are alike, so a grid strays more than independent draws would: ten of their standard
+    # deviations instead of three or four.
+    margin = 10 * math.sqrt(expected) + 10
+    first, last = math.ceil(expected - margin), math.ceil(expected + margin)
+    return (
+        sample.kthvalue(sample.numel() - last + 1).values if last <= sample.numel() else None,
+        sample.kthvalue(sample.numel() - first + 1).values if first >= 1 else None,
+    )
+
+
+def rows_at_a_time(columns: int, device: torch.device) -> int:
+    """How many rows of scores to make at one time."""
+    return max(1, _BLOCK_ENTRIES.get(device.type, _BLOCK_ENTRIES_ELSEWHERE) // columns)
+
+
+def _at_least(scores: Part, shape: tuple[int, int], device: torch.device, low: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores of at least `low` and their flat indices, ascending; all of them for None."""
+    values, positions = [], []
+    step = rows_at_a_time(shape[1], device)
+    for start in range(0, shape[0], step):
+        block = scores((slice(start, min(start + step, shape[0])), slice(None))).reshape(-1)
+        worth = torch.ones_like(block, dtype=torch.bool) if low is None else block >= low
+        found = worth.nonzero().squeeze(1)
+        values.append(block[found])
+        positions.append(found.add_(start * shape[1]))
+    return torch.cat(values), torch.cat(positions)
 
 
 def index_dtype(numel: int) -> torch.dtype:
@@ -80,27 +165,37 @@ def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
     flat_view(tensor).scatter_(0, indices, values.to(tensor.dtype))
 
 
-def locate(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """For every entry of `new` (K',): its position in `old` (K,) and whether it is there. Both ascending."""
-    if old.numel() == 0:
-        return torch.zeros_like(new, dtype=torch.int64), torch.zeros_like(new, dtype=torch.bool)
-    position = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
-    return position, old[position] == new
+def scatter_add(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Add `values` (K,) of the tensor's dtype to the entries of a contiguous `tensor` at flat `indices`."""
+    flat_view(tensor).scatter_add_(0, indices, values)
 
 
-def carry(values: Tensor, position: Tensor, kept: Tensor, fill: Tensor | float = 0.0) -> Tensor:
+def common(old: Tensor, new: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+    """Which entries of `old` (K,) are in `new` (K',), and which of `new` are in `old`: two masks, for `carry`.
+
+    Both are ascending flat indices into a tensor of `numel` entries, which the working memory is a byte each of.
+    """
+    there = torch.zeros(numel, dtype=torch.bool, device=old.device)
+    there[old] = True
+    kept = there[new]
+    there[old] = False
+    there[new] = True
+    return there[old], kept
+
+
+def carry(values: Tensor, stays: Tensor, kept: Tensor, fill: Tensor | float = 0.0) -> Tensor:
     """Values of a new selection: those of the entries that stay, and `fill` for the entries that are new.
 
     Args:
         values: (K,) of the old selection.
-        position: (K',) from `locate`.
-        kept: (K',) from `locate`.
+        stays: (K,) from `common`.
+        kept: (K',) from `common`, as many of them True.
         fill: for new entries, a number or a (K',) tensor.
     """
-    if values.numel() == 0:
-        filled = torch.empty(position.numel(), dtype=values.dtype, device=values.device)
-        return filled.copy_(fill) if isinstance(fill, Tensor) else filled.fill_(fill)
-    return torch.where(kept, values[position], fill)
+    carried = torch.empty(kept.numel(), dtype=values.dtype, device=values.device)
+    carried.copy_(fill) if isinstance(fill, Tensor) else carried.fill_(fill)
+    carried[kept] = values[stays]
+    return carried
 
 
 def slice_for_shard(indices: Tensor, start: int, stop: int) -> slice:

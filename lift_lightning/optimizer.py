@@ -7,6 +7,7 @@ Letters: K selected entries of one parameter. Sparse parameters have a `SparseSt
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -21,6 +22,10 @@ from lift_lightning import indices as layout
 from lift_lightning.errors import ConfigError
 from lift_lightning.functional import adamw_update
 from lift_lightning.sparse_state import SparseState, working_dtype
+from lift_lightning.threads import side_by_side
+
+# Selected entries that are updated together.
+_CHUNK_ENTRIES = 2**20
 
 # The hook that releases a parameter's gradient, so that a newer optimizer on the same model can take it over.
 _RELEASE_HOOKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -132,7 +137,7 @@ class SparseAdamW(Optimizer):
         return self._state_of(parameter).indices
 
     @torch.no_grad()
-    def set_indices(self, parameter: nn.Parameter, indices: Tensor) -> None:
+    def set_indices(self, parameter: nn.Parameter, indices: Tensor) -> int:
         """Give a sparse parameter its selection; to be called between steps.
 
         Moments (and master weights) of entries that were selected before are kept, entries that are new start at
@@ -142,6 +147,9 @@ class SparseAdamW(Optimizer):
             parameter: one of a sparse group.
             indices: (K,) flat indices, ascending and without repeats, any integer dtype and device.
 
+        Returns:
+            How many of the entries were selected before.
+
         Raises:
             ValueError: if the parameter is not sparse here, or the indices are not as described.
         """
@@ -149,11 +157,12 @@ class SparseAdamW(Optimizer):
             raise ValueError("the parameter is in no sparse group of this optimizer")
         layout.check_indices(indices, parameter.numel(), self._names[parameter])
         if parameter in self._sparse:
-            self._sparse[parameter] = self._sparse[parameter].reselected(parameter, indices)
-        else:
-            narrow = parameter.dtype != working_dtype(parameter)
-            master = narrow if self.master_weights is None else self.master_weights and narrow
-            self._sparse[parameter] = SparseState.first(parameter, indices, self.state_dtype, master)
+            self._sparse[parameter], kept = self._sparse[parameter].reselected(parameter, indices)
+            return kept
+        narrow = parameter.dtype != working_dtype(parameter)
+        master = narrow if self.master_weights is None else self.master_weights and narrow
+        self._sparse[parameter] = SparseState.first(parameter, indices, self.state_dtype, master)
+        return 0
 
     def _state_of(self, parameter: nn.Parameter) -> SparseState:
         try:
@@ -199,7 +208,7 @@ class SparseAdamW(Optimizer):
         for parameter, state in self._sparse.items():
             if parameter.grad is not None:  # put there by hand, or by a backward without the hook
                 state.collect(parameter)
-        found = [state.grad for state in self._sparse.values() if state.has_grad]
+        found = [state.grad for state in self._sparse.values() if state.grad is not None]
         for group in self.param_groups:
             if not group["sparse"]:
                 found += [p.grad for p in group["params"] if p.grad is not None]
@@ -209,7 +218,7 @@ class SparseAdamW(Optimizer):
         """Forget the gradients, those collected from the selected entries too."""
         super().zero_grad(set_to_none)
         for state in self._sparse.values():
-            state.has_grad = False
+            state.grad = None
         self._spent = False
 
     @torch.no_grad()
@@ -273,19 +282,27 @@ class SparseAdamW(Optimizer):
         return loss
 
     def _step_sparse(self, group: dict[str, Any], found_inf: Tensor) -> None:
-        pairs = [(p, self._sparse[p]) for p in group["params"] if self._sparse[p].has_grad]
-        values = [state.values(parameter) for parameter, state in pairs]
-        adamw_update(
-            values,
-            [state.grad for _, state in pairs],
-            [state.exp_avg for _, state in pairs],
-            [state.exp_avg_sq for _, state in pairs],
-            [self.state[parameter]["step"] for parameter, _ in pairs],
-            found_inf=found_inf,
-            **_hyperparameters(group),
-        )
-        for (parameter, state), value in zip(pairs, values, strict=True):
-            layout.scatter(parameter, state.indices, value)
+        trained = [p for p in group["params"] if self._sparse[p].grad is not None]
+        additive = isinstance(group["weight_decay"], (int, float)) and group["weight_decay"] == 0
+        # Some at a time, so that the operands of one update take the memory of the last and are in the cache still.
+        for parameters in _chunks(trained, lambda p: self._sparse[p].indices.numel(), _CHUNK_ENTRIES):
+            states = [self._sparse[p] for p in parameters]
+            operands = [s.operand(p, additive=additive) for p, s in zip(parameters, states, strict=True)]
+            adamw_update(
+                operands,
+                [s.grad for s in states if s.grad is not None],
+                [s.exp_avg for s in states],
+                [s.exp_avg_sq for s in states],
+                [self.state[p]["step"] for p in parameters],
+                found_inf=found_inf,
+                **_hyperparameters(group),
+            )
+            writes = [
+                functools.partial(s.write, p, operand, additive=additive)
+                for p, s, operand in zip(parameters, states, operands, strict=True)
+            ]
+            # torch scatters a vector on one thread, so on the CPU several matrices take their values at once.
+            side_by_side(writes, at_once=all(p.device.type == "cpu" for p in parameters))
 
     def _step_dense(self, group: dict[str, Any], found_inf: Tensor) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -305,7 +322,7 @@ class SparseAdamW(Optimizer):
         """Bytes of indices, moments, masters and accumulators, and of the dense groups' moments."""
         dense = [self.state[p] for group in self.param_groups if not group["sparse"] for p in group["params"]]
         dense_bytes = sum(state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes for state in dense)
-        return dense_bytes + sum(state.nbytes() for state in self._sparse.values())
+        return dense_bytes + sum(s.nbytes(p) for p, s in self._sparse.items())
 
     def sparse_state_dict(self) -> dict[str, Any]:
         """Selections, moments, masters and pending gradients by parameter name; tensors and numbers only.
@@ -386,6 +403,22 @@ class SparseAdamW(Optimizer):
         super().load_state_dict(state_dict)
         if sparse is not None:
             self.load_sparse_state_dict(sparse)
+
+
+def _chunks(
+    parameters: list[nn.Parameter], size: Callable[[nn.Parameter], int], limit: int
+) -> Iterator[list[nn.Parameter]]:
+    """Parameters in order, as many together as have `limit` entries, at least one."""
+    chunk: list[nn.Parameter] = []
+    entries = 0
+    for parameter in parameters:
+        if chunk and entries + size(parameter) > limit:
+            yield chunk
+            chunk, entries = [], 0
+        chunk.append(parameter)
+        entries += size(parameter)
+    if chunk:
+        yield chunk
 
 
 def _multiply_(grads: list[Tensor], factor: Tensor | float) -> None:

@@ -7,7 +7,7 @@ R rank of the low-rank approximation; r budget rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,17 +15,21 @@ import torch
 from torch import Tensor
 
 from lift_lightning.errors import ConfigError
-from lift_lightning.indices import top_k_indices
-from lift_lightning.lowrank import Solver, check_finite, low_rank_factors
+from lift_lightning.indices import Part, rows_at_a_time, top_k_indices, top_k_of_parts
+from lift_lightning.lowrank import (
+    DEFAULT_TOLERANCE,
+    LowRankFactors,
+    Solver,
+    check_finite,
+    float32_products,
+    low_rank_factors,
+)
 
 Criterion = Literal["lift", "magnitude", "random"]
 Keep = Literal["largest", "smallest"]
 DensityOf = Literal["targets", "model"]
 
 DEFAULT_RANK = 128  # the paper's budget for most of its experiments
-
-# Entries of the score matrix that are computed in float64 at one time.
-_SCORE_BLOCK_ENTRIES = 2**22
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,9 @@ class SelectionConfig:
         lra_rank: R, the rank of the approximation. The same as `rank` if not given (paper, App. G.8: R near r works
             best), 128 with `density`. R of min(M, N) or more means the matrix itself, so plain magnitude.
         keep: `largest` is the paper's method; `smallest` reproduces the entries that the released code picks.
-        solver: how the approximation is computed, see `low_rank_factors`.
+        solver: how the approximation is computed: `exact`, `subspace`, or `auto`, which chooses by size; see
+            `low_rank_factors`.
+        tolerance: of the subspace solver, about the share of the mask that may differ from the exact one.
         block: (b, c) selects whole blocks of b rows and c columns (LIFT_Structured, App. G.7), scored by the sum of
             squares; K is rounded down to whole blocks, at least one.
         seed: of the `random` criterion.
@@ -58,6 +64,7 @@ class SelectionConfig:
     lra_rank: int | None = None
     keep: Keep = "largest"
     solver: Solver = "auto"
+    tolerance: float = DEFAULT_TOLERANCE
     block: tuple[int, int] | None = None
     seed: int = 0
 
@@ -71,6 +78,8 @@ class SelectionConfig:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if self.density is not None and not 0 < self.density <= 1:
             raise ConfigError(f"density must be above 0 and at most 1, got {self.density}")
+        if not 0 < self.tolerance < 1:
+            raise ConfigError(f"tolerance must be above 0 and below 1, got {self.tolerance}")
         if self.density_of == "model" and self.density is None:
             raise ConfigError("density_of='model' needs a density")
         for name, choices in (("criterion", Criterion), ("keep", Keep), ("solver", Solver), ("density_of", DensityOf)):
@@ -115,23 +124,37 @@ class SelectionConfig:
         return replace(self, density=density, density_of="targets")
 
 
+class Solved(NamedTuple):
+    """How a matrix was decomposed: by which solver, and with what error it says (see `LowRankFactors`)."""
+
+    solver: str
+    error: float
+
+
 class Selection(NamedTuple):
     """What `select` returns.
 
     Attributes:
         indices: (K,) int64 flat indices into the weight, ascending; for a batch of E matrices the sum of their K.
         basis: to hand to the next `select` on the same weight, None where the solver keeps none.
+        solved: one for each matrix that was decomposed.
     """
 
     indices: Tensor
     basis: Tensor | None
+    solved: tuple[Solved, ...] = ()
 
 
 class Scores(NamedTuple):
-    """(M, N) float32 scores, none of them NaN, and the basis of the solver."""
+    """The (M, N) scores of a matrix, made part by part.
 
-    values: Tensor
-    basis: Tensor | None
+    Attributes:
+        part: (slice of rows, slice of columns) -> the float32 scores there, none of them NaN.
+        factors: of the low-rank approximation, where there is one.
+    """
+
+    part: Part
+    factors: LowRankFactors | None = None
 
 
 def select(
@@ -141,7 +164,9 @@ def select(
 
     Args:
         weight: (M, N), or (E, M, N) for a batch of matrices with a budget of K each; any strides, any floating dtype.
-            The computation runs on its device, in float64 on blocks, with one float32 matrix of scores.
+            The computation runs on its device. Beside the weight there are the factors, one block of scores and, for
+            the exact solver, a square of the shorter side in float64 or, for the subspace solver, a float32 copy of a
+            weight of another dtype and, where it saves products, that square in float32.
         config: criterion and budget.
         basis: from the last call on this weight.
         statistics: what a criterion needs beyond the weight; none of today's needs any.
@@ -153,7 +178,11 @@ def select(
     weight = weight.detach()
     if weight.ndim == 2:
         scores = CRITERIA[config.criterion](weight, config, basis, statistics)
-        return Selection(_choose(scores.values, config), scores.basis)
+        with float32_products(weight.device):
+            indices = _choose(scores, weight, config)
+        if scores.factors is None:
+            return Selection(indices, None)
+        return Selection(indices, scores.factors.basis, (Solved(scores.factors.solver, scores.factors.error),))
     if weight.ndim != 3:
         raise ValueError(f"a weight to select from is (M, N) or (E, M, N), got shape {tuple(weight.shape)}")
     entries = weight.shape[1] * weight.shape[2]
@@ -163,12 +192,22 @@ def select(
     ]
     indices = torch.cat([part.indices + e * entries for e, part in enumerate(parts)])
     bases = [part.basis for part in parts if part.basis is not None]
-    return Selection(indices, torch.stack(bases) if bases else None)
+    # Where one of them has none, all start cold.
+    stacked = torch.stack(bases) if len(bases) == len(parts) else None
+    return Selection(indices, stacked, tuple(solved for part in parts for solved in part.solved))
 
 
 def select_indices(weight: Tensor, config: SelectionConfig) -> Tensor:
     """`select(weight, config).indices`: (K,) int64, ascending flat indices on the weight's device."""
     return select(weight, config).indices
+
+
+class Selected(NamedTuple):
+    """What `select_matrices` returns; `bases` has one for each matrix."""
+
+    indices: Tensor
+    bases: list[Tensor | None]
+    solved: tuple[Solved, ...]
 
 
 def select_matrices(
@@ -177,8 +216,8 @@ def select_matrices(
     config: SelectionConfig,
     *,
     basis: list[Tensor | None] | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[Tensor, list[Tensor | None]]:
+    copies: Iterator[Tensor] | None = None,
+) -> Selected:
     """Choose from a parameter that holds one or several matrices, each with a budget of its own.
 
     Args:
@@ -186,19 +225,22 @@ def select_matrices(
         matrices: (M, N) views of the parameter's memory, of any strides (see `param_groups.matrix_views`).
         config: criterion and budget.
         basis: one per matrix, from the last call on this parameter.
-        device: where the computation runs, one matrix at a time; the parameter's own if not given.
+        copies: the same matrices on the device where the computation should run, in order (see `threads.on_device`);
+            one is taken for each of `matrices`. If not given it runs on the parameter's own.
 
     Returns:
-        Ascending flat int64 indices into the parameter, on its device, and the bases for the next call.
+        Ascending flat int64 indices into the parameter, on its device; the basis of each matrix, for the next call; how
+        each was decomposed.
 
     Raises:
         ValueError, DecompositionError: as `select`.
     """
     found: list[Tensor] = []
     bases: list[Tensor | None] = []
+    solved: list[Solved] = []
     for i, view in enumerate(matrices):
         part = select(
-            view.to(device) if device is not None else view,
+            view if copies is None else next(copies),
             replace(config, seed=config.seed + i),
             basis=basis[i] if basis else None,
         )
@@ -207,31 +249,30 @@ def select_matrices(
         start = int(view.storage_offset()) - int(parameter.storage_offset())
         found.append(row * view.stride(0) + column * view.stride(1) + start)
         bases.append(part.basis)
-    return (found[0] if len(found) == 1 else torch.cat(found).sort().values), bases
+        solved += part.solved
+    return Selected(found[0] if len(found) == 1 else torch.cat(found).sort().values, bases, tuple(solved))
 
 
 def _lift_scores(weight: Tensor, config: SelectionConfig, basis: Tensor | None, statistics: Any | None) -> Scores:
     """|W'| for W' the best rank-R approximation of W (paper, Algorithm 1)."""
     if config.approximation_rank >= min(weight.shape):
         return _magnitude_scores(weight, config, basis, statistics)
-    factors = low_rank_factors(weight, config.approximation_rank, solver=config.solver, basis=basis)
-    scores = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    # The products are summed in float64 and rounded once, so that a score is off by no more than float32's half unit.
-    step = max(1, _SCORE_BLOCK_ENTRIES // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        scores[start : start + step] = (factors.left[start : start + step] @ factors.right).abs_()
-    return Scores(scores, factors.basis)
+    factors = low_rank_factors(
+        weight, config.approximation_rank, solver=config.solver, basis=basis, tolerance=config.tolerance
+    )
+    # In the factors' own precision, and rounded once.
+    return Scores(lambda part: (factors.left[part[0]] @ factors.right[:, part[1]]).abs_().float(), factors)
 
 
 def _magnitude_scores(weight: Tensor, config: SelectionConfig, basis: Tensor | None, statistics: Any | None) -> Scores:
     check_finite(weight)
-    return Scores(weight.float().abs(), None)
+    return Scores(lambda part: weight[part].float().abs())
 
 
 def _random_scores(weight: Tensor, config: SelectionConfig, basis: Tensor | None, statistics: Any | None) -> Scores:
     # Drawn on the CPU, so that every device gets the same mask from the same seed.
-    generator = torch.Generator().manual_seed(config.seed)
-    return Scores(torch.rand(weight.shape, generator=generator).to(weight.device), None)
+    drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(config.seed))
+    return Scores(lambda part: drawn[part].to(weight.device))
 
 
 CRITERIA: dict[str, Callable[[Tensor, SelectionConfig, Tensor | None, Any | None], Scores]] = {
@@ -241,17 +282,21 @@ CRITERIA: dict[str, Callable[[Tensor, SelectionConfig, Tensor | None, Any | None
 }
 
 
-def _choose(scores: Tensor, config: SelectionConfig) -> Tensor:
-    rows, columns = scores.shape
+def _choose(scores: Scores, weight: Tensor, config: SelectionConfig) -> Tensor:
+    rows, columns = weight.shape
     k = config.budget(rows, columns)
     largest = config.keep == "largest"
     if config.block is None:
-        return top_k_indices(scores, k, largest=largest)
+        return top_k_of_parts(scores.part, (rows, columns), k, weight.device, largest=largest)
     high, wide = config.block
     if rows % high or columns % wide:
         raise ConfigError(f"blocks of {high}x{wide} do not divide a {rows}x{columns} matrix")
-    per_block = scores.double().square().view(rows // high, high, columns // wide, wide).sum(dim=(1, 3))
+    step = high * rows_at_a_time(high * columns, weight.device)
+    parts = [scores.part((slice(start, min(start + step, rows)), slice(None))) for start in range(0, rows, step)]
+    per_block = torch.cat(
+        [p.double().square().view(p.shape[0] // high, high, columns // wide, wide).sum(dim=(1, 3)) for p in parts]
+    )
     blocks = top_k_indices(per_block, max(1, k // math.prod(config.block)), largest=largest)
     corner = blocks // (columns // wide) * high * columns + blocks % (columns // wide) * wide
-    within = torch.arange(high, device=scores.device)[:, None] * columns + torch.arange(wide, device=scores.device)
+    within = torch.arange(high, device=weight.device)[:, None] * columns + torch.arange(wide, device=weight.device)
     return (corner[:, None] + within.reshape(-1)).reshape(-1).sort().values

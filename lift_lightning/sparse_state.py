@@ -5,12 +5,12 @@ Letters: K selected entries of the parameter, K' after a refresh.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lift_lightning.indices import carry, gather, index_dtype, locate
+from lift_lightning.indices import carry, common, gather, index_dtype, scatter, scatter_add
 
 
 def working_dtype(parameter: Tensor) -> torch.dtype:
@@ -27,16 +27,15 @@ class SparseState:
         exp_avg: first moment.
         exp_avg_sq: second moment.
         master: float32 copy of the selected entries of a narrower weight, or None.
-        grad: gradient summed over the micro-batches of the step, in float32 (float64 for float64 weights).
-        has_grad: whether `grad` holds anything since the last `zero_grad`.
+        grad: gradient summed over the micro-batches of the step, in float32 (float64 for float64 weights); None from
+            `zero_grad` to the next backward, so that it takes no memory while the forward pass needs the most.
     """
 
     indices: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     master: Tensor | None
-    grad: Tensor
-    has_grad: bool = False
+    grad: Tensor | None = None
 
     @classmethod
     def first(cls, parameter: nn.Parameter, indices: Tensor, moments: torch.dtype, master: bool) -> SparseState:
@@ -52,33 +51,50 @@ class SparseState:
         working = working_dtype(parameter)
         exp_avg = torch.zeros(indices.numel(), dtype=_wider(moments, parameter), device=parameter.device)
         values = gather(parameter, indices).to(working) if master else None
-        return cls(indices, exp_avg, torch.zeros_like(exp_avg), values, torch.empty_like(exp_avg, dtype=working))
+        return cls(indices, exp_avg, torch.zeros_like(exp_avg), values)
 
-    def reselected(self, parameter: nn.Parameter, indices: Tensor) -> SparseState:
-        """The state for another selection: entries that stay keep moments and master, new ones begin at zero."""
-        new = self.first(parameter, indices, self.exp_avg.dtype, self.master is not None)
-        position, kept = locate(self.indices, new.indices)
-        new.exp_avg = carry(self.exp_avg, position, kept)
-        new.exp_avg_sq = carry(self.exp_avg_sq, position, kept)
-        if self.master is not None and new.master is not None:
+    def reselected(self, parameter: nn.Parameter, indices: Tensor) -> tuple[SparseState, int]:
+        """The state for another selection, and how many entries stay: those keep moments and master, new ones begin
+        at zero."""
+        indices = indices.to(device=parameter.device, dtype=self.indices.dtype)
+        stays, kept = common(self.indices, indices, parameter.numel())
+        new = SparseState(indices, carry(self.exp_avg, stays, kept), carry(self.exp_avg_sq, stays, kept), master=None)
+        if self.master is not None:
             self.refresh_master(parameter)
-            new.master = carry(self.master, position, kept, fill=new.master)
-        return new
+            new.master = carry(self.master, stays, kept, fill=gather(parameter, indices).to(self.master.dtype))
+        return new, int(kept.sum())
 
     def collect(self, parameter: nn.Parameter) -> None:
         """Add the selected entries of `parameter.grad` to the accumulator and drop the dense gradient."""
         assert parameter.grad is not None
         picked = gather(parameter.grad, self.indices)
-        self.grad = self.grad.add_(picked) if self.has_grad else self.grad.copy_(picked)
-        self.has_grad = True
+        self.grad = picked.to(working_dtype(parameter)) if self.grad is None else self.grad.add_(picked)
         parameter.grad = None
 
-    def values(self, parameter: nn.Parameter) -> Tensor:
-        """The (K,) values to update in place: the master itself, or a copy of the entries in the working dtype."""
-        if self.master is None:
-            return gather(parameter, self.indices).to(working_dtype(parameter))
-        self.refresh_master(parameter)
-        return self.master
+    def operand(self, parameter: nn.Parameter, *, additive: bool) -> Tensor:
+        """The (K,) tensor for AdamW to update in place, in the working dtype; `write` brings it to the weight.
+
+        That is the master, where there is one, or a copy of the entries. An update that does not depend on the value,
+        as without weight decay, is made on (negative) zeros instead and added: the weight is read and written in one
+        go, and x + (0 - update) rounds as x - update does.
+
+        Args:
+            parameter: whose state this is.
+            additive: whether the update does not depend on the value.
+        """
+        if self.master is not None:
+            self.refresh_master(parameter)
+            return self.master
+        if additive and parameter.dtype == working_dtype(parameter):
+            return torch.full_like(self.exp_avg, -0.0, dtype=parameter.dtype)
+        return gather(parameter, self.indices).to(working_dtype(parameter))
+
+    def write(self, parameter: nn.Parameter, operand: Tensor, *, additive: bool) -> None:
+        """Bring what `operand` returned, updated, to the weight's entries."""
+        if self.master is None and additive and parameter.dtype == working_dtype(parameter):
+            scatter_add(parameter, self.indices, operand)
+        else:
+            scatter(parameter, self.indices, operand)
 
     def refresh_master(self, parameter: nn.Parameter) -> None:
         """Where something else wrote to the weight (loading, averaging), the weight wins over its master."""
@@ -87,16 +103,18 @@ class SparseState:
         ours = self.master.to(current.dtype) == current
         self.master = torch.where(ours, self.master, current.to(self.master.dtype))
 
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(t.nbytes for field in fields(self) if isinstance(t := getattr(self, field.name), Tensor))
+    def nbytes(self, parameter: nn.Parameter) -> int:
+        """Bytes of all its tensors, the accumulator counted whether it is there or not."""
+        kept = (self.indices, self.exp_avg, self.exp_avg_sq, self.master)
+        gradient = self.indices.numel() * working_dtype(parameter).itemsize
+        return gradient + sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def state_dict(self, *, with_grad: bool = True) -> dict[str, Tensor]:
         """Its tensors by name; the gradient where there is one and it is wanted."""
         tensors = {"indices": self.indices, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.master is not None:
             tensors["master"] = self.master
-        if self.has_grad and with_grad:
+        if self.grad is not None and with_grad:
             tensors["grad"] = self.grad
         return tensors
 
@@ -107,13 +125,13 @@ class SparseState:
             ValueError: naming the parameter, if a vector is not of length K.
         """
         for key, saved in tensors.items():
+            if saved.shape != self.indices.shape:  # copy_ would broadcast a single entry
+                raise ValueError(f"{name}: {self.indices.numel()} indices, but {saved.numel()} of {key}")
             target = getattr(self, key)
-            if target is None:
-                continue  # a master that this run does not keep
-            if saved.shape != target.shape:  # copy_ would broadcast a single entry
-                raise ValueError(f"{name}: {target.numel()} indices, but {saved.numel()} of {key}")
-            target.copy_(saved)
-        self.has_grad = "grad" in tensors
+            if target is not None:  # a master that this run does not keep
+                target.copy_(saved)
+        grad = tensors.get("grad")
+        self.grad = None if grad is None else grad.to(self.indices.device, copy=True)
 
 
 def _wider(dtype: torch.dtype, parameter: Tensor) -> torch.dtype:
