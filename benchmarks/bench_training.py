@@ -1,0 +1,81 @@
+"""Time of a training step: LIFT against LoRA and against full fine-tuning. Some minutes on two cores.
+
+    LIFT_SMOLLM2_DIR=path/to/SmolLM2-135M python benchmarks/bench_training.py [--quick] [--out PATH]
+
+SmolLM2-135M in float32: forward, backward, clipping, update and zero_grad, each method on a copy of its own, the same
+batches and the same loss. LoRA is peft's on all linear layers at r = 32 without dropout; full fine-tuning trains every
+entry of the matrices that LIFT chooses from. Both rivals have the fused AdamW.
+
+The flops floor is the ratio that the matrix products alone would give: LIFT computes every weight's gradient and picks
+from it, LoRA computes the adapters' only. Attention, the same for all, is left out of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from harness import Options, Row, alternate, compare, options, progress, report
+from methods import ADAMW, CLIP, Method, Step, method
+from smollm2 import batches, load_model, load_tokens
+from torch import Tensor, nn
+
+RANK, QUICK_RANK = 32, 4
+# Sequences, tokens of each, repeats.
+SIZES = ((4, 128, 7), (4, 512, 5), (16, 512, 5))
+QUICK_SIZES = ((2, 16, 2), (4, 16, 2))
+RIVALS = {"lora": "LoRA", "full": "full fine-tuning"}
+# At the first of the sizes.
+GOALS = {"lora": 1.0, "full": 0.97}
+
+
+def flops_per_token(method: Method) -> int:
+    """Of the matrix products in forward and backward: 2 for each entry and each of output, dX and dW."""
+    linear = [m for m in method.model.modules() if isinstance(m, nn.Linear)]
+    entries = sum(m.weight.numel() for m in linear)
+    trained = sum(m.weight.numel() for m in linear if m.weight.requires_grad)
+    return 4 * entries + 2 * trained
+
+
+def measure(
+    methods: dict[str, Method], stretch: list[Tensor], goals: dict[str, float], extra: dict[str, dict[str, float]]
+) -> list[Row]:
+    """One row for each rival; the first batch is the warm-up's."""
+    batches_of = {name: iter(stretch) for name in methods}
+    steps = {name: Step(one) for name, one in methods.items()}
+    runs = {name: lambda name=name: steps[name](next(batches_of[name])) for name in methods}
+    size = f"{stretch[0].numel()} tokens"
+    # A few percent are at stake, so no rival is let off with one run.
+    samples = alternate(runs, len(stretch) - 1, size, once_above=math.inf)
+    return [
+        compare(
+            f"LIFT / {label}, {size}",
+            samples["lift"],
+            samples[rival],
+            better="lower",
+            goal=goals.get(rival),
+            extra=extra[rival],
+        )
+        for rival, label in RIVALS.items()
+    ]
+
+
+def main(chosen: Options) -> None:
+    """Measure and report."""
+    rank, sizes = (QUICK_RANK, QUICK_SIZES) if chosen.quick else (RANK, SIZES)
+    tokens = load_tokens(chosen.quick)
+    methods = {
+        name: method(name, load_model(chosen.quick), rank) for name in progress(["lift", *RIVALS], "making the models")
+    }
+    flops = {name: flops_per_token(one) for name, one in methods.items()}
+    extra = {rival: {"flops floor": flops["lift"] / flops[rival]} for rival in RIVALS}
+    rows: list[Row] = []
+    for i, (sequences, length, usual) in enumerate(sizes):
+        source = batches(tokens, sequences, length)
+        stretch = [next(source) for _ in range(1 + chosen.times(usual))]
+        rows += measure(methods, stretch, GOALS if i == 0 else {}, extra)
+    settings = {"rank": rank, "sizes": sizes, "clip": CLIP, "adamw": ADAMW, "matrix_flops_per_token": flops}
+    report(chosen, rows, settings)
+
+
+if __name__ == "__main__":
+    main(options("training", __doc__))
