@@ -157,7 +157,10 @@ def flat_view(tensor: Tensor) -> Tensor:
 
 def gather(tensor: Tensor, indices: Tensor) -> Tensor:
     """(K,) copy of the entries at flat `indices`."""
-    return tensor.detach().reshape(-1).gather(0, indices)
+    flat = tensor.detach().reshape(-1)
+    # On the CPU each is the faster of the two at its number of threads (docs/performance.md).
+    alone = tensor.device.type == "cpu" and torch.get_num_threads() == 1
+    return flat.index_select(0, indices) if alone else flat.gather(0, indices)
 
 
 def scatter(tensor: Tensor, indices: Tensor, values: Tensor) -> None:

@@ -7,7 +7,6 @@ Letters: K selected entries of one parameter. Sparse parameters have a `SparseSt
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -25,7 +24,7 @@ from lift_lightning.sparse_state import SparseState, working_dtype
 from lift_lightning.threads import side_by_side
 
 # Selected entries that are updated together.
-_CHUNK_ENTRIES = 2**20
+_CHUNK_ENTRIES = 2**18
 
 # The hook that releases a parameter's gradient, so that a newer optimizer on the same model can take it over.
 _RELEASE_HOOKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -205,9 +204,9 @@ class SparseAdamW(Optimizer):
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
         """The gradients of the coming step: (K,) of sparse parameters, whole ones of dense parameters."""
-        for parameter, state in self._sparse.items():
-            if parameter.grad is not None:  # put there by hand, or by a backward without the hook
-                state.collect(parameter)
+        # Put there by hand, or by a backward without the hook.
+        waiting = [parameter for parameter in self._sparse if parameter.grad is not None]
+        side_by_side(lambda p: self._sparse[p].collect(p), waiting, at_once=_on_cpu(waiting))
         found = [state.grad for state in self._sparse.values() if state.grad is not None]
         for group in self.param_groups:
             if not group["sparse"]:
@@ -284,8 +283,9 @@ class SparseAdamW(Optimizer):
     def _step_sparse(self, group: dict[str, Any], found_inf: Tensor) -> None:
         trained = [p for p in group["params"] if self._sparse[p].grad is not None]
         additive = isinstance(group["weight_decay"], (int, float)) and group["weight_decay"] == 0
-        # Some at a time, so that the operands of one update take the memory of the last and are in the cache still.
-        for parameters in _chunks(trained, lambda p: self._sparse[p].indices.numel(), _CHUNK_ENTRIES):
+        hyperparameters = _hyperparameters(group)
+
+        def update(parameters: list[nn.Parameter]) -> None:
             states = [self._sparse[p] for p in parameters]
             operands = [s.operand(p, additive=additive) for p, s in zip(parameters, states, strict=True)]
             adamw_update(
@@ -295,14 +295,14 @@ class SparseAdamW(Optimizer):
                 [s.exp_avg_sq for s in states],
                 [self.state[p]["step"] for p in parameters],
                 found_inf=found_inf,
-                **_hyperparameters(group),
+                **hyperparameters,
             )
-            writes = [
-                functools.partial(s.write, p, operand, additive=additive)
-                for p, s, operand in zip(parameters, states, operands, strict=True)
-            ]
-            # torch scatters a vector on one thread, so on the CPU several matrices take their values at once.
-            side_by_side(writes, at_once=all(p.device.type == "cpu" for p in parameters))
+            for parameter, state, operand in zip(parameters, states, operands, strict=True):
+                state.write(parameter, operand, additive=additive)
+
+        # Some parameters at a time, so that the operands of one update take the memory of the last.
+        chunks = _chunks(trained, lambda p: self._sparse[p].indices.numel(), _CHUNK_ENTRIES)
+        side_by_side(update, list(chunks), at_once=_on_cpu(trained))
 
     def _step_dense(self, group: dict[str, Any], found_inf: Tensor) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -419,6 +419,11 @@ def _chunks(
         entries += size(parameter)
     if chunk:
         yield chunk
+
+
+def _on_cpu(parameters: list[nn.Parameter]) -> bool:
+    """Whether all are plain tensors in CPU memory: subclasses such as FakeTensor keep to the thread they are used on."""
+    return all(p.device.type == "cpu" and type(p.detach()) is Tensor for p in parameters)
 
 
 def _multiply_(grads: list[Tensor], factor: Tensor | float) -> None:

@@ -58,26 +58,34 @@ def one_thread_each(function: Callable[[Item], Result], items: Iterable[Item]) -
         torch.set_num_threads(threads)
 
 
-def side_by_side(calls: Sequence[Callable[[], object]], *, at_once: bool = True) -> None:
-    """Make the calls, on as many threads as torch has on the CPU: for operations that use one thread only.
+def side_by_side(function: Callable[[Item], object], items: Sequence[Item], *, at_once: bool = True) -> None:
+    """Call `function` on every item, as many at once as torch has threads on the CPU, each with one thread.
+
+    torch reads and writes single entries of a vector on one thread only; several vectors can be worked on at once.
 
     Args:
-        calls: what is called; independent of each other.
-        at_once: False makes them one after the other.
+        function: starts from the defaults of grad mode and autocast, which are a thread's own.
+        items: independent of each other.
+        at_once: False goes through them one after the other.
     """
     threads = torch.get_num_threads()
-    if not at_once or threads == 1:
-        for call in calls:
-            call()
+    if not at_once or threads == 1 or len(items) < 2:
+        for item in items:
+            function(item)
         return
-    # One list for each thread: handing over every call by itself would cost as much as the calls do.
-    for _ in _pool(threads).map(lambda first: [call() for call in calls[first::threads]], range(threads)):
-        pass
+    torch.set_num_threads(1)
+    try:
+        # One list for each thread: handing over every item by itself would cost as much as some items do.
+        done = _pool(threads).map(lambda first: [function(item) for item in items[first::threads]], range(threads))
+        for _ in done:
+            pass
+    finally:
+        torch.set_num_threads(threads)
 
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="lift")
+    return ThreadPoolExecutor(threads, thread_name_prefix="side-by-side", initializer=lambda: torch.set_num_threads(1))
 
 
 def _ahead(

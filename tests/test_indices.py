@@ -1,10 +1,13 @@
 """The flat-index layout, against a stable sort and a dictionary.
 
 Guards: torch.topk and an unstable sort leave open which of equal scores they take, so that two devices would train
-different entries; and a carried moment that lands one place off is invisible in the loss.
+different entries; a threshold that is bracketed from a sample must be the right one whatever the sample looked like;
+and a carried moment that lands one place off is invisible in the loss.
 """
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -55,6 +58,194 @@ def test_top_k_takes_infinite_scores():
 def test_top_k_out_of_range(k: int):
     with pytest.raises(ValueError, match=f"k must be between 0 and the 6 scores there are, got {k}"):
         layout.top_k_indices(torch.ones(2, 3), k)
+
+
+# ------------------------------------------------------------------ the bracket from a sample, and blocks of rows
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch):
+    """A sample of 64 scores and blocks of 100, so that matrices of a few thousand entries take every path."""
+    monkeypatch.setattr(layout, "_SAMPLE", 64)
+    monkeypatch.setitem(layout._BLOCK_ENTRIES, "cpu", 100)
+
+
+def some_k(entries: int) -> list[int]:
+    return sorted({0, 1, 2, 7, entries // 20, entries // 2, entries * 19 // 20, entries - 2, entries - 1, entries})
+
+
+def only_row(rows: int, columns: int, where: int) -> torch.Tensor:
+    scores = torch.zeros(rows, columns)
+    scores[where] = torch.rand(columns, generator=generator(3)) + 1
+    return scores
+
+
+def only_column(rows: int, columns: int, where: int) -> torch.Tensor:
+    return only_row(columns, rows, where).T
+
+
+def rows_of_any_magnitude(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    magnitudes = 10 ** (6 * torch.rand(rows, 1, generator=generator(seed)))
+    return magnitudes * torch.rand(rows, columns, generator=generator(seed + 1))
+
+
+INFINITE = torch.tensor([float("inf"), -float("inf"), 0.0, 1.0])
+HARD = {
+    "distinct": torch.randperm(2400, generator=generator()).view(40, 60).float(),
+    "ascending": torch.arange(2400.0).view(40, 60),
+    "descending": -torch.arange(2400.0).view(40, 60),
+    "all equal": torch.full((40, 60), 0.25),
+    "zeros of both signs": torch.tensor([0.0, -0.0]).repeat(1200).view(40, 60),
+    "two values": torch.randint(2, (40, 60), generator=generator(1)).float(),
+    "few values": torch.randint(9, (40, 60), generator=generator(2)).float(),
+    "one value in a hundred": (torch.rand(40, 60, generator=generator(3)) < 0.01).float(),
+    "infinities": INFINITE[torch.randint(4, (40, 60), generator=generator(4))],
+    "rows of any magnitude": rows_of_any_magnitude(40, 60),
+    "columns of any magnitude": rows_of_any_magnitude(60, 40).T,
+    "the first row has all": only_row(40, 60, 0),
+    "the second row has all": only_row(40, 60, 1),
+    "the last row has all": only_row(40, 60, 39),
+    "the first column has all": only_column(40, 60, 0),
+    "the second column has all": only_column(40, 60, 1),
+    "one row": torch.rand(1, 2400, generator=generator(5)),
+    "one column": torch.rand(2400, 1, generator=generator(6)),
+    "two columns": torch.rand(1200, 2, generator=generator(7)),
+    "sorted in every row": torch.rand(40, 60, generator=generator(8)).sort().values,
+    "sorted in every column": torch.rand(40, 60, generator=generator(9)).sort(dim=0).values,
+    "as many as the sample": torch.rand(8, 8, generator=generator(10)),
+    "the most that are not sampled": torch.rand(16, 16, generator=generator(11)),
+    "one row more": torch.rand(17, 16, generator=generator(12)),
+    "less than a sample": torch.rand(3, 5, generator=generator(13)),
+    "a block and a part": torch.rand(7, 90, generator=generator(14)),
+    "wider than a block": torch.rand(9, 300, generator=generator(15)),
+}
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("name", HARD)
+def test_hard_scores_equal_a_stable_sort(name: str, largest: bool, small_blocks: None):
+    scores = HARD[name]
+    shape = (scores.shape[0], scores.shape[1])
+    for k in some_k(scores.numel()):
+        expected = stable_top_k(scores, k, largest=largest)
+        by_rows = layout.top_k_of_parts(scores.__getitem__, shape, k, scores.device, largest=largest)
+        assert by_rows.dtype == torch.int64
+        assert torch.equal(by_rows, expected)
+        assert torch.equal(layout.top_k_indices(scores, k, largest=largest), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["distinct", "few values", "infinities", "zeros of both signs", "one column"])
+def test_hard_scores_of_every_dtype(name: str, dtype: torch.dtype, small_blocks: None):
+    scores = HARD[name].to(dtype)
+    for k in some_k(scores.numel()):
+        assert torch.equal(layout.top_k_indices(scores, k), stable_top_k(scores, k))
+        assert torch.equal(layout.top_k_indices(scores, k, largest=False), stable_top_k(scores, k, largest=False))
+
+
+@pytest.mark.parametrize("shape", [(2400,), (10, 12, 20), (4, 5, 6, 20), (2400, 1, 1)], ids=str)
+def test_scores_of_any_shape(shape: tuple[int, ...], small_blocks: None):
+    scores = rows_of_any_magnitude(40, 60).view(shape)
+    for k in some_k(2400):
+        assert torch.equal(layout.top_k_indices(scores, k), stable_top_k(scores, k))
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_random_shapes_and_ties(seed: int, small_blocks: None):
+    rng = generator(seed)
+    rows, columns, values = (int(torch.randint(1, n, (), generator=rng)) for n in (120, 120, 3000))
+    scores = torch.randint(values, (rows, columns), generator=rng).float()
+    if seed % 2:
+        scores *= rows_of_any_magnitude(rows, 1, seed)
+    for k in torch.randint(rows * columns + 1, (6,), generator=rng).tolist():
+        found = layout.top_k_of_parts(scores.__getitem__, (rows, columns), k, scores.device)
+        assert torch.equal(found, stable_top_k(scores, k))
+
+
+WRONG = {
+    "nothing is known": (None, None),
+    "the lower end is too high": (0.99, None),
+    "the lower end is the threshold of fewer": (0.96, 0.97),
+    "the upper end is too low": (0.1, 0.2),
+    "both are above all": (2.0, 3.0),
+    "both are below all": (-2.0, -1.0),
+    "they are the wrong way round": (0.9, 0.1),
+    "infinite": (-float("inf"), float("inf")),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_no_bracket_changes_what_is_found(name: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch):
+    """The sample decides how much work there is and nothing else."""
+    scores = (torch.rand(40, 60, generator=generator()) * 200).round() / 200  # with ties
+    bracket = tuple(None if end is None else torch.tensor(end) for end in WRONG[name])
+    monkeypatch.setattr(layout, "_bracket", lambda *_: bracket)
+    for k in some_k(2400):
+        found = layout.top_k_of_parts(scores.__getitem__, (40, 60), k, scores.device)
+        assert torch.equal(found, stable_top_k(scores, k))
+
+
+def test_ends_of_the_bracket_that_are_scores_themselves(small_blocks: None, monkeypatch: pytest.MonkeyPatch):
+    """Every pair of scores as the bracket: off by one at an end would lose or repeat an entry."""
+    scores = torch.randint(6, (4, 5), generator=generator()).float()
+    for low in range(7):
+        for high in range(-1, 7):
+            monkeypatch.setattr(layout, "_bracket", lambda *_, ends=(low, high): tuple(map(torch.tensor, ends)))
+            for k in range(21):
+                found = layout.top_k_of_parts(scores.__getitem__, (4, 5), k, scores.device)
+                assert torch.equal(found, stable_top_k(scores, k))
+
+
+def test_a_bracket_that_holds_spares_the_second_pass(small_blocks: None):
+    """Every row is asked for once, in blocks that follow each other, after one sample with a step."""
+    scores = torch.rand(100, 50, generator=generator())
+    asked = []
+
+    def rows(part: tuple[slice, slice]) -> torch.Tensor:
+        asked.append(part[0])
+        return scores[part]
+
+    assert torch.equal(layout.top_k_of_parts(rows, (100, 50), 250, scores.device), stable_top_k(scores, 250))
+    sample, *blocks = asked
+    assert sample.step > 1
+    assert [(part.start, part.stop) for part in blocks] == [(at, at + 2) for at in range(0, 100, 2)]
+
+
+@pytest.mark.parametrize("shape", [(4096, 11008), (14336, 4096), (4096, 128256), (16, 10**6), (10**6, 16)], ids=str)
+def test_the_sample_is_a_small_share_of_the_scores(shape: tuple[int, int]):
+    """All of it exists at one time, and what is made for it is made again for the blocks."""
+
+    class Made(Exception):
+        pass
+
+    def rows(part: tuple[slice, slice]) -> torch.Tensor:
+        raise Made(math.prod(len(range(*along.indices(size))) for along, size in zip(part, shape, strict=True)))
+
+    with pytest.raises(Made) as made:
+        layout._bracket(rows, shape, shape[0] * shape[1] // 20)
+    assert made.value.args[0] <= shape[0] * shape[1] / 64
+
+
+@pytest.mark.parametrize("columns", [1, 2**10, 2**18, 2**18 + 1, 2**40])
+def test_a_block_has_a_row_at_least(columns: int):
+    for device in ("cpu", "meta"):
+        at_a_time = layout.rows_at_a_time(columns, torch.device(device))
+        assert at_a_time >= 1
+        assert at_a_time * columns <= max(columns, layout.rows_at_a_time(1, torch.device(device)))
+
+
+@pytest.mark.parametrize("k", [-1, 7])
+def test_rows_out_of_range(k: int):
+    with pytest.raises(ValueError, match=f"k must be between 0 and the 6 scores there are, got {k}"):
+        layout.top_k_of_parts(torch.ones(2, 3).__getitem__, (2, 3), k, torch.device("cpu"))
+
+
+def test_scores_are_not_changed(small_blocks: None):
+    scores = rows_of_any_magnitude(40, 60)
+    before = scores.clone()
+    for largest in (True, False):
+        layout.top_k_indices(scores, 100, largest=largest)
+    assert torch.equal(scores, before)
 
 
 def test_index_dtype_changes_at_two_to_the_31():
@@ -145,11 +336,11 @@ def test_carry_equals_a_dictionary(before: int, after: int, dtype: torch.dtype):
         old = torch.randperm(100, generator=rng)[:before].sort().values.to(dtype)
         new = torch.randperm(100, generator=rng)[:after].sort().values.to(dtype)
         values = torch.rand(before, generator=rng)
-        position, kept = layout.locate(old, new)
-        carried = layout.carry(values, position, kept)
+        stays, kept = layout.common(old, new, 100)
+        carried = layout.carry(values, stays, kept)
         assert carried.dtype == torch.float32
         assert carried.tolist() == carry_by_dict(old.tolist(), values.tolist(), new.tolist())
-        filled = layout.carry(values, position, kept, fill=-2.0)
+        filled = layout.carry(values, stays, kept, fill=-2.0)
         assert filled.tolist() == carry_by_dict(old.tolist(), values.tolist(), new.tolist(), fill=-2.0)
         assert kept.tolist() == [i in set(old.tolist()) for i in new.tolist()]
 
@@ -157,9 +348,9 @@ def test_carry_equals_a_dictionary(before: int, after: int, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_carry_keeps_the_dtype(dtype: torch.dtype):
     for old in (torch.tensor([2, 4]), torch.tensor([], dtype=torch.int64)):
-        position, kept = layout.locate(old, torch.tensor([3, 4, 9]))
+        stays, kept = layout.common(old, torch.tensor([3, 4, 9]), 10)
         values = torch.arange(1, 1 + old.numel(), dtype=dtype)
-        carried = layout.carry(values, position, kept)
+        carried = layout.carry(values, stays, kept)
         assert carried.dtype == dtype
         assert carried.tolist() == ([0.0, 2.0, 0.0] if old.numel() else [0.0] * 3)
 
@@ -167,10 +358,10 @@ def test_carry_keeps_the_dtype(dtype: torch.dtype):
 def test_carry_fills_from_a_tensor():
     new = torch.tensor([0, 4, 9])
     fill = torch.tensor([10.0, 20.0, 30.0])
-    position, kept = layout.locate(torch.tensor([2, 4]), new)
-    assert layout.carry(torch.tensor([1.0, 2.0]), position, kept, fill=fill).tolist() == [10.0, 2.0, 30.0]
-    position, kept = layout.locate(torch.tensor([], dtype=torch.int64), new)
-    assert layout.carry(torch.tensor([]), position, kept, fill=fill).tolist() == [10.0, 20.0, 30.0]
+    stays, kept = layout.common(torch.tensor([2, 4]), new, 10)
+    assert layout.carry(torch.tensor([1.0, 2.0]), stays, kept, fill=fill).tolist() == [10.0, 2.0, 30.0]
+    stays, kept = layout.common(torch.tensor([], dtype=torch.int64), new, 10)
+    assert layout.carry(torch.tensor([]), stays, kept, fill=fill).tolist() == [10.0, 20.0, 30.0]
 
 
 @pytest.mark.parametrize("dtype", INT_DTYPES)

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     # 0: torch and the standard library only
     "lift_lightning.lowrank": 0,
+    "lift_lightning.subspace": 0,
+    "lift_lightning.threads": 0,
     "lift_lightning.indices": 0,
     "lift_lightning.functional": 0,
     "lift_lightning.errors": 0,

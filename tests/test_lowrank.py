@@ -24,9 +24,10 @@ def random_matrix(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = t
 @pytest.mark.parametrize("rank", [1, 2, 7, 1000])
 def test_product_is_the_truncated_svd(shape: tuple[int, int], rank: int):
     weight = random_matrix(*shape)
-    left, right, basis = low_rank_factors(weight, rank)
+    left, right, basis, solver, error = low_rank_factors(weight, rank)
     r = min(rank, *shape)
     assert (left.shape, right.shape, basis) == ((shape[0], r), (r, shape[1]), None)
+    assert (solver, error) == ("exact", 0.0)
     assert left.dtype == right.dtype == torch.float64
     expected = low_rank(weight, rank)
     assert (left @ right - expected).abs().max() <= 1e-10 * expected.abs().max()
@@ -36,13 +37,13 @@ def test_product_is_the_truncated_svd(shape: tuple[int, int], rank: int):
 def test_the_residual_has_the_energy_of_the_discarded_singular_values(rank: int):
     """Eckart-Young: no rank-R matrix is closer, and the squared distance is the sum of the discarded squares."""
     weight = random_matrix(20, 30)
-    left, right, _ = low_rank_factors(weight, rank)
+    left, right, *_ = low_rank_factors(weight, rank)
     discarded = torch.linalg.svdvals(weight)[rank:].square().sum()
     assert (weight - left @ right).square().sum().item() == pytest.approx(discarded.item(), rel=1e-10)
 
 
 def test_a_diagonal_matrix_keeps_its_largest_entries():
-    left, right, _ = low_rank_factors(torch.diag(torch.tensor([3.0, -5.0, 1.0, 4.0])), 2)
+    left, right, *_ = low_rank_factors(torch.diag(torch.tensor([3.0, -5.0, 1.0, 4.0])), 2)
     expected = torch.diag(torch.tensor([0.0, -5.0, 0.0, 4.0], dtype=torch.float64))
     torch.testing.assert_close(left @ right, expected, rtol=0, atol=1e-14)
 
@@ -51,19 +52,19 @@ def test_a_diagonal_matrix_keeps_its_largest_entries():
 def test_narrow_weights_are_taken_at_their_exact_values(dtype: torch.dtype):
     weight = random_matrix(20, 33, dtype=dtype)
     before = weight.clone()
-    left, right, _ = low_rank_factors(weight, 5)
+    left, right, *_ = low_rank_factors(weight, 5)
     torch.testing.assert_close(left @ right, low_rank(weight, 5), rtol=0, atol=1e-10)
     assert torch.equal(weight, before)
 
 
 def test_rank_deficient_matrix_is_reproduced():
     weight = random_matrix(30, 3) @ random_matrix(3, 20, seed=1)
-    left, right, _ = low_rank_factors(weight, 8)  # 5 more than there are singular values
+    left, right, *_ = low_rank_factors(weight, 8)  # 5 more than there are singular values
     torch.testing.assert_close(left @ right, weight, rtol=0, atol=1e-12 * float(weight.abs().max()))
 
 
 def test_zero_matrix_gives_zeros():
-    left, right, _ = low_rank_factors(torch.zeros(4, 6), 2)
+    left, right, *_ = low_rank_factors(torch.zeros(4, 6), 2)
     assert torch.equal(left @ right, torch.zeros(4, 6, dtype=torch.float64))
 
 
@@ -71,7 +72,7 @@ def test_zero_matrix_gives_zeros():
 def test_scale_does_not_matter(scale: float):
     """Squares of these leave float32, those of 1e-200 would leave float64 too."""
     weight = random_matrix(16, 24).mul(scale).float()
-    left, right, _ = low_rank_factors(weight, 4)
+    left, right, *_ = low_rank_factors(weight, 4)
     expected = low_rank(weight, 4)
     assert ((left @ right - expected).abs() <= 1e-10 * expected.abs().max()).all()
 
@@ -79,7 +80,7 @@ def test_scale_does_not_matter(scale: float):
 def test_the_scale_of_float64_does_not_matter():
     weight = random_matrix(16, 24)
     for scale in (2.0**-600, 2.0**600):  # the squares leave float64; powers of two, so that only the range is tested
-        left, right, _ = low_rank_factors(weight * scale, 4)
+        left, right, *_ = low_rank_factors(weight * scale, 4)
         torch.testing.assert_close(left @ right / scale, low_rank(weight, 4), rtol=0, atol=1e-10)
 
 
@@ -89,7 +90,7 @@ def test_close_singular_values_are_told_apart():
     v, _ = torch.linalg.qr(random_matrix(48, 32, seed=1))
     sigma = torch.linspace(2.0, 1.0, 32, dtype=torch.float64)
     sigma[8] = sigma[7] * (1 - 1e-6)
-    left, right, _ = low_rank_factors((u * sigma) @ v.T, 8)
+    left, right, *_ = low_rank_factors((u * sigma) @ v.T, 8)
     expected = (u[:, :8] * sigma[:8]) @ v[:, :8].T
     torch.testing.assert_close(left @ right, expected, rtol=0, atol=1e-8)
 
@@ -105,7 +106,7 @@ def test_blocks_of_the_gram_matrix_change_nothing(monkeypatch: pytest.MonkeyPatc
 def test_strided_views_are_taken_as_they_look():
     storage = random_matrix(12, 40)
     for view in (storage.T, storage[:, ::2], storage[::3]):
-        left, right, _ = low_rank_factors(view, 3)
+        left, right, *_ = low_rank_factors(view, 3)
         torch.testing.assert_close(left @ right, low_rank(view, 3), rtol=0, atol=1e-10)
 
 
@@ -126,7 +127,12 @@ def test_what_is_not_finite_is_counted(bad: float):
         low_rank_factors(weight, 2)
     with pytest.raises(DecompositionError, match="2 of 20"):
         check_finite(weight)
-    assert check_finite(random_matrix(4, 5)) is None
+
+
+def test_what_is_finite_has_a_largest_magnitude():
+    assert check_finite(torch.tensor([[1.0, -3.0], [2.0, 0.0]])) == 3.0
+    assert check_finite(torch.tensor([[1.0, 4.0], [2.0, 0.0]], dtype=torch.bfloat16)) == 4.0
+    assert check_finite(torch.empty(0, 4)) == 0.0
 
 
 def test_no_convergence_is_an_error(monkeypatch: pytest.MonkeyPatch):
@@ -153,7 +159,7 @@ def test_bad_arguments(arguments: tuple, message: str):
 
 
 def test_unknown_solver():
-    with pytest.raises(ValueError, match="unknown solver 'magic': choose one of auto, exact"):
+    with pytest.raises(ValueError, match="unknown solver 'magic': choose one of auto, exact, subspace"):
         low_rank_factors(torch.ones(2, 3), 1, solver="magic")
 
 

@@ -279,3 +279,74 @@ def test_density_of_the_model_counts_every_parameter():
     fit(module, callback, max_epochs=1)
     total = sum(p.numel() for p in module.parameters())  # 448 in the targets, 531 in all
     assert callback.history[0][1].selected == pytest.approx(0.1 * total, abs=1)
+
+
+# ------------------------------------------------------------------ the subspace solver
+
+
+class WideRegression(Regression):
+    """12 -> 16 -> 260 -> 280 -> 3: `auto` gives the last of the hidden matrices to the subspace solver."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            wide = [torch.nn.Linear(16, 260), torch.nn.GELU(), torch.nn.Linear(260, 280), torch.nn.Tanh()]
+            self.net = torch.nn.Sequential(*self.net, *wide)
+            self.head = torch.nn.Linear(280, 3)
+
+
+WIDE_RANK = {"rank": 2, "lra_rank": 8}
+
+
+def fit_wide(folder: Path, module: WideRegression, callback: MaskRefreshCallback, **settings):
+    rows = ResumableDataLoader(loader(rows=24).dataset, batch_size=4, shuffle=True, seed=5)
+    checkpoints = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    return fit(module, callback, data=rows, enable_checkpointing=True, callbacks=[checkpoints], **settings)
+
+
+@pytest.mark.filterwarnings("ignore:the rank of the approximation")
+@pytest.mark.parametrize("basis_device", [None, "cpu"])
+def test_resume_is_bit_equal_with_the_subspace_solver_in_force(tmp_path: Path, basis_device: str | None):
+    """The checkpoint lies between two refreshes, so the basis of the first starts the second."""
+
+    def callback() -> MaskRefreshCallback:
+        return MaskRefreshCallback(interval=3, basis_device=basis_device, **WIDE_RANK)
+
+    whole, resumed = WideRegression(), WideRegression()
+    first = callback()
+    fit_wide(tmp_path, whole, first)
+    saved = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["lift_lightning"]["bases"]
+    assert list(saved) == ["net.6.weight"]  # those of the exact solver have none
+    assert [(b.shape, b.dtype) for b in saved["net.6.weight"]] == [((260, 40), torch.float16)]
+    again = callback()
+    fit_wide(tmp_path, resumed, again, ckpt_path=tmp_path / "step=4.ckpt")
+    expected = weights(whole)
+    for name, parameter in weights(resumed).items():
+        assert torch.equal(parameter, expected[name]), name
+    assert [step for step, _ in again.history] == [6, 9, 12]
+    assert all(report.solvers["subspace"] == 1 for _, report in again.history)
+    theirs = {step: report.error for step, report in first.history}
+    assert all(report.error == theirs[step] for step, report in again.history)
+    assert all(report.bases == {} for _, report in again.history)
+
+
+@pytest.mark.filterwarnings("ignore:the rank of the approximation")
+@pytest.mark.parametrize("lra_rank", [2, 20])
+def test_resuming_with_another_rank_takes_the_old_basis(tmp_path: Path, lra_rank: int):
+    fit_wide(tmp_path, WideRegression(), MaskRefreshCallback(interval=3, **WIDE_RANK))
+    callback = MaskRefreshCallback(interval=3, rank=2, lra_rank=lra_rank)
+    with pytest.warns(UserWarning, match="takes effect at the next refresh"):
+        fit_wide(tmp_path, WideRegression(), callback, ckpt_path=tmp_path / "step=4.ckpt")
+    assert [step for step, _ in callback.history] == [6, 9, 12]
+    assert callback._bases["net.6.weight"][0].shape == (260, lra_rank + 32)
+    assert all(report.error <= callback.config.tolerance for _, report in callback.history)
+
+
+@pytest.mark.filterwarnings("ignore:the rank of the approximation")
+def test_a_refresh_says_which_solvers_it_took(caplog):
+    with caplog.at_level("INFO"):
+        fit(WideRegression(), MaskRefreshCallback(interval=None, **WIDE_RANK), max_epochs=1)
+    assert "1 subspace" in caplog.text
+    assert "3 exact" in caplog.text
+    assert "error up to" in caplog.text

@@ -27,10 +27,13 @@ pytestmark = [
 @pytest.mark.parametrize("lra_rank", [16, 128])
 def test_masks_of_real_weights_against_float64_svd(name, lra_rank):
     weight = load_file(Path(MODEL) / "model.safetensors")[f"model.layers.7.{name}.weight"]
-    config = SelectionConfig(density=0.05, lra_rank=lra_rank)
+    config = SelectionConfig(density=0.05, lra_rank=lra_rank, solver="exact")
     ours = select_indices(weight, config)
     differing = assert_same_choice(ours, low_rank(weight, lra_rank).abs(), round(0.05 * weight.numel()))
     assert differing <= 1e-4 * ours.numel()
+    chosen_by_size = select(weight, replace(config, solver="auto"))
+    assert torch.isin(chosen_by_size.indices, ours).double().mean() >= 1 - 2 * DEFAULT_TOLERANCE
+    assert chosen_by_size.solved[0].solver == ("exact" if "k_proj" in name else "subspace")
 
 
 def test_fit_on_real_data_trains_and_refreshes(tmp_path):

@@ -6,14 +6,17 @@ averaged over parameters of different sizes; tied weights are selected once.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from oracles import assert_same_choice, low_rank
+from oracles import assert_same_choice, low_rank, stable_top_k
 from tiny import tiny_llama
 from torch import nn
 
-from lift_lightning import DecompositionError, SelectionConfig, SparseAdamW, build_param_groups, refresh_masks
+from lift_lightning import DecompositionError, SelectionConfig, SparseAdamW, build_param_groups, lowrank, refresh_masks
 from lift_lightning.param_groups import find_targets
+from lift_lightning.selection import Solved
 
 CONFIG = SelectionConfig(rank=1, lra_rank=4)
 
@@ -172,19 +175,221 @@ def test_bases_are_handed_on(monkeypatch: pytest.MonkeyPatch):
     """What one refresh reports reaches the next, by the parameter's name and the number of its matrix."""
     from lift_lightning import refresh
 
-    seen = {}
+    seen, made = {}, {}
     real = refresh.select_matrices
 
-    def spy(parameter, matrices, config, *, basis=None, device=None):
+    def spy(parameter, matrices, config, *, basis=None, copies=None):
         seen[parameter.data_ptr()] = basis
-        return real(parameter, matrices, config, basis=basis, device=device)[0], [torch.ones(1)] * len(matrices)
+        found = real(parameter, matrices, config, basis=basis, copies=copies)
+        made[parameter.data_ptr()] = [torch.ones(1)] * len(matrices)
+        return found._replace(bases=made[parameter.data_ptr()])
 
     monkeypatch.setattr(refresh, "select_matrices", spy)
     _, optimizer = llama_optimizer("q_proj")
     report = refresh_masks(optimizer, CONFIG)
     assert set(map(str, seen.values())) == {"None"}
+    assert report.bases == {name: made[p.data_ptr()] for name, p, _ in optimizer.sparse_parameters()}
+    expected = dict(made)
     refresh_masks(optimizer, CONFIG, bases=report.bases)
-    assert all(len(basis) == 1 and torch.equal(basis[0], torch.ones(1)) for basis in seen.values())
+    assert seen.keys() == expected.keys()
+    assert all(seen[key] is not None and seen[key][0] is expected[key][0] for key in seen)
+
+
+# ------------------------------------------------------------------ the subspace solver
+
+WIDE = SelectionConfig(density=0.05, lra_rank=8)
+
+
+def two_layers() -> tuple[nn.Module, SparseAdamW]:
+    """300 x 400, which `auto` gives to the subspace solver, and 60 x 400, which it does not."""
+    model = nn.Sequential(nn.Linear(400, 300, bias=False), nn.ReLU(), nn.Linear(300, 60, bias=False))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1)))
+    return model, SparseAdamW(build_param_groups(model))
+
+
+def share_of_the_exact_mask(optimizer: SparseAdamW, parameter: nn.Parameter) -> float:
+    ours = optimizer.indices(parameter).long()
+    return int(torch.isin(ours, stable_top_k(low_rank(parameter, 8).abs(), ours.numel())).sum()) / ours.numel()
+
+
+def test_the_report_says_which_solver_it_was():
+    model, optimizer = two_layers()
+    report = refresh_masks(optimizer, WIDE)
+    assert report.solvers == {"subspace": 1, "exact": 1}
+    assert 0 < report.error <= WIDE.tolerance
+    assert share_of_the_exact_mask(optimizer, model[0].weight) >= 1 - 2 * WIDE.tolerance
+    assert share_of_the_exact_mask(optimizer, model[2].weight) == 1
+    assert report.bases.keys() == {"0.weight", "2.weight"}
+    (basis,) = report.bases["0.weight"]
+    assert (basis.shape, basis.dtype, basis.device.type) == ((300, 40), torch.float16, "cpu")
+    assert report.bases["2.weight"] == [None]
+    exact = refresh_masks(optimizer, replace(WIDE, solver="exact"))
+    assert (exact.solvers, exact.error) == ({"exact": 2}, 0.0)
+    assert exact.bases == {"0.weight": [None], "2.weight": [None]}
+    both = refresh_masks(optimizer, replace(WIDE, solver="subspace"))
+    assert both.solvers == {"subspace": 2}
+    for criterion in ("magnitude", "random"):
+        report = refresh_masks(optimizer, SelectionConfig(criterion=criterion, density=0.05))
+        assert (report.solvers, report.error) == ({}, 0.0)
+
+
+def test_the_error_is_the_largest_of_all_matrices(monkeypatch: pytest.MonkeyPatch):
+    from lift_lightning import refresh
+
+    errors = iter([1e-4, 5e-4])
+    real = refresh.select_matrices
+
+    def spy(*arguments, **settings):
+        return real(*arguments, **settings)._replace(solved=(Solved("subspace", next(errors)),))
+
+    monkeypatch.setattr(refresh, "select_matrices", spy)
+    _, optimizer = two_layers()
+    assert refresh_masks(optimizer, WIDE).error == 5e-4
+
+
+def applications_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    found, real = [], lowrank.leading_subspace
+
+    def spy(*arguments):
+        result = real(*arguments)
+        found.append(result.applications)
+        return result
+
+    monkeypatch.setattr(lowrank, "leading_subspace", spy)
+    return found
+
+
+def test_the_second_refresh_starts_where_the_first_ended(monkeypatch: pytest.MonkeyPatch):
+    applications = applications_of(monkeypatch)
+    model, optimizer = two_layers()
+    first = refresh_masks(optimizer, WIDE)
+    with torch.no_grad():
+        weight = model[0].weight
+        weight += 1e-3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    second = refresh_masks(optimizer, WIDE, bases=first.bases)
+    cold, warm = applications
+    assert warm < cold
+    assert second.error <= WIDE.tolerance
+    assert second.overlap > 0.95
+    assert share_of_the_exact_mask(optimizer, model[0].weight) >= 1 - 2 * WIDE.tolerance
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("basis_device", [None, "cpu", "meta"])
+def test_bases_wait_where_they_are_told_to(basis_device: str | None, device: str | None):
+    _, optimizer = two_layers()
+    report = refresh_masks(optimizer, WIDE, device=device, basis_device=basis_device)
+    (basis,) = report.bases["0.weight"]
+    assert (basis.device.type, basis.dtype) == (basis_device or "cpu", torch.float16)
+
+
+def test_bases_of_another_rank_or_of_parameters_that_are_gone():
+    model, optimizer = two_layers()
+    narrow = refresh_masks(optimizer, replace(WIDE, lra_rank=2))
+    gone = {**narrow.bases, "no.such.weight": [torch.ones(3, 3)]}
+    report = refresh_masks(optimizer, WIDE, bases=gone)
+    assert report.bases["0.weight"][0].shape == (300, 40)
+    assert share_of_the_exact_mask(optimizer, model[0].weight) >= 1 - 2 * WIDE.tolerance
+    assert "no.such.weight" not in report.bases
+
+
+@pytest.mark.parametrize("several_at_once", [True, False])
+def test_the_number_of_threads_changes_no_mask(several_at_once: bool, monkeypatch: pytest.MonkeyPatch):
+    """Small matrices run beside each other; the others one by one."""
+    from lift_lightning import refresh
+
+    if not several_at_once:
+        monkeypatch.setattr(refresh, "_SMALL", 0)
+    before = torch.get_num_threads()
+    masks = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            _, optimizer = llama_optimizer()
+            refresh_masks(optimizer, CONFIG)
+            assert torch.get_num_threads() == threads
+            masks.append([optimizer.indices(p) for _, p, _ in optimizer.sparse_parameters()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*masks, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("precision", ["medium", "highest"])
+def test_training_settings_do_not_reach_the_masks_and_are_put_back(precision: str, threads: int):
+    """Several threads that each set and reset them would leave them as they should not be."""
+    _, optimizer = two_layers()
+    refresh_masks(optimizer, WIDE)
+    expected = [optimizer.indices(p).clone() for _, p, _ in optimizer.sparse_parameters()]
+    old = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            refresh_masks(optimizer, WIDE)
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_float32_matmul_precision(old[0])
+        torch.set_num_threads(old[1])
+    found = [optimizer.indices(p) for _, p, _ in optimizer.sparse_parameters()]
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_failed_refresh_puts_the_settings_back(threads: int):
+    model, optimizer = two_layers()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    old = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("medium")
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(DecompositionError, match="'2.weight'"):
+            refresh_masks(optimizer, WIDE)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_float32_matmul_precision(old[0])
+        torch.set_num_threads(old[1])
+
+
+def test_an_exception_of_the_progress_puts_the_settings_back():
+    """The generators that hold the settings are closed with the refresh, not when the traceback is forgotten."""
+    _, optimizer = two_layers()
+
+    def progress(items):
+        yield from list(items)[:1]
+        raise KeyboardInterrupt
+
+    old = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("medium")
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            refresh_masks(optimizer, WIDE, progress=progress)
+        assert caught.value.__traceback__ is not None
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.get_num_threads() == 2
+    finally:
+        del caught
+        torch.set_float32_matmul_precision(old[0])
+        torch.set_num_threads(old[1])
+
+
+def test_a_spectrum_without_a_gap_is_counted_apart():
+    model, optimizer = two_layers()
+    with torch.no_grad():
+        nn.init.orthogonal_(model[0].weight, generator=torch.Generator().manual_seed(0))
+    report = refresh_masks(optimizer, WIDE)
+    assert report.solvers == {"exact after subspace": 1, "exact": 1}
+    assert report.error == 0
+    assert report.bases["0.weight"] == [None]
+    with pytest.raises(DecompositionError, match="cannot select entries of '0.weight': the subspace solver did not"):
+        refresh_masks(optimizer, replace(WIDE, solver="subspace"))
 
 
 def test_density_of_the_model_must_be_resolved_first():
