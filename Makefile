@@ -61,12 +61,9 @@ format: $(STAMP)  ## let ruff rewrite what `lint` would complain of, where it ca
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## every benchmarks/bench_*.py
-ifeq ($(BENCHMARKS),)
-	@echo "bench: there is no benchmarks/bench_*.py yet, so nothing was measured"
-else
+bench: $(STAMP)  ## every benchmarks/bench_*.py, and their results into docs/performance.md; needs LIFT_SMOLLM2_DIR
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
-endif
+	$(BIN)/python benchmarks/tables.py
 
 docs: $(STAMP)  ## the documentation, into site/; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
