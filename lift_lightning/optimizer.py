@@ -422,7 +422,7 @@ def _chunks(
 
 
 def _on_cpu(parameters: list[nn.Parameter]) -> bool:
-    """Whether all are plain tensors in CPU memory: subclasses such as FakeTensor keep to the thread they are used on."""
+    """Whether all are plain tensors in CPU memory: subclasses such as FakeTensor keep to the thread of their use."""
     return all(p.device.type == "cpu" and type(p.detach()) is Tensor for p in parameters)
 
 

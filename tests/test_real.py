@@ -6,13 +6,17 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from oracles import assert_same_choice, low_rank
 from safetensors.torch import load_file
 
 from lift_lightning import SelectionConfig, select_indices
+from lift_lightning.lowrank import DEFAULT_TOLERANCE
+from lift_lightning.selection import select
 
 ROOT = Path(__file__).parents[1]
 DATA, MODEL = os.environ.get("LIFT_DATA_DIR"), os.environ.get("LIFT_SMOLLM2_DIR")
