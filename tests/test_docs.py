@@ -79,6 +79,7 @@ your_data = torch.utils.data.DataLoader(torch.randn(32, 16), batch_size=4)
 # Commands that are neither run nor looked up, and why.
 NOT_RUN = {
     "git clone <this repository> && cd lift-lightning": "needs a network; there is no address in it",
+    "export LIFT_SMOLLM2_DIR=/path/to/SmolLM2-135M": "names a folder of the reader's",
     "pip install -c constraints.txt -e .": "changes the environment of the tests; tests/test_packaging.py installs",
 }
 # make X is looked up in the Makefile, and not run: the tests are among its targets.

@@ -429,7 +429,8 @@ def test_precisions(tiny_model_dir, sums_file, precision):
     assert {b.dtype for b in module.hf_model.buffers()} == {torch.float32}
     states = [run.optimizers[0]._sparse[p] for _, p, _ in run.optimizers[0].sparse_parameters()]
     assert all((s.master is not None) == narrow for s in states)
-    assert {t.dtype for s in states for t in (s.exp_avg, s.exp_avg_sq, s.grad)} == {torch.float32}
+    assert {t.dtype for s in states for t in (s.exp_avg, s.exp_avg_sq)} == {torch.float32}
+    assert all(s.grad is None for s in states)  # forgotten with the step
     assert run.callback_metrics["val_loss"] < 5.45  # ln 259 = 5.56 at the start
 
 
