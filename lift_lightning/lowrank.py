@@ -70,9 +70,11 @@ def low_rank_factors(
 
     `subspace` iterates in float32 until the estimated error is below `tolerance`: root mean square over the entries,
     relative to that of the approximation's bulk (all of it but for outlying rows and columns). The share of a 5% mask
-    that differs from the exact one is about as large, 0.6 to 1.1 times on average (docs/performance.md). `auto` takes it where it is cheaper: for
-    shorter sides above 256 of which the basis, R + 32 columns, is less than half. Where it does not converge, because
-    the R-th singular value does not stand out from the next 32, `auto` goes on with `exact`, and `solver` says so.
+    that differs from the exact one is about as large, 0.6 to 1.1 times on average (docs/performance.md).
+
+    `auto` takes `subspace` where it is cheaper: for shorter sides above 256 of which the basis, R + 32 columns, is less
+    than half. Where it does not converge, because the R-th singular value does not stand out from the next 32 or
+    rounding stands in the way, `auto` goes on with `exact`, and `solver` says so.
 
     Args:
         weight: (M, N), any floating dtype; not changed.
