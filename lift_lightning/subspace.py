@@ -83,8 +83,9 @@ def leading_subspace(matrix: Tensor, rank: int, tolerance: float, basis: Tensor 
         columns, image = columns @ rotation, image @ rotation
         residuals = (image - columns * theta).norm(dim=0)
         look = _look(columns, theta, residuals, rank, apply.gram is not None)
-        # Rounding sets a floor: once the error stays where it is, more rounds are in vain.
-        last = attempt == _MAX_ROUNDS - 1 or 0.9 * before < look.error < 1.1 * before
+        # Rounding sets a floor: once the error stays where it is, more rounds are in vain. Not so while angles are too
+        # wide to be told apart, as at the start on a flat spectrum.
+        last = attempt == _MAX_ROUNDS - 1 or 0.9 * before < look.error < min(0.3, 1.1 * before)
         before = look.error
         if look.rounding > tolerance / 4 and attempt < _MAX_ROUNDS - 1:
             apply.gram = None  # from here on without it
