@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lift_lightning.indices import carry, common, gather, index_dtype, scatter, scatter_add
+from lift_lightning.indices import carry, gather, index_dtype, scatter, scatter_add
 
 
 def working_dtype(parameter: Tensor) -> torch.dtype:
@@ -57,12 +57,17 @@ class SparseState:
         """The state for another selection, and how many entries stay: those keep moments and master, new ones begin
         at zero."""
         indices = indices.to(device=parameter.device, dtype=self.indices.dtype)
-        stays, kept = common(self.indices, indices, parameter.numel())
-        new = SparseState(indices, carry(self.exp_avg, stays, kept), carry(self.exp_avg_sq, stays, kept), master=None)
+
+        def carried(values: Tensor) -> Tensor:
+            return carry(values, self.indices, indices, parameter.numel())
+
+        kept = carried(torch.ones_like(self.indices, dtype=torch.bool))
+        new = SparseState(indices, carried(self.exp_avg), carried(self.exp_avg_sq), master=None)
         if self.master is not None:
             self.refresh_master(parameter)
-            new.master = carry(self.master, stays, kept, fill=gather(parameter, indices).to(self.master.dtype))
-        return new, int(kept.sum())
+            current = gather(parameter, indices).to(self.master.dtype)
+            new.master = torch.where(kept, carried(self.master), current)
+        return new, int(torch.count_nonzero(kept))
 
     def collect(self, parameter: nn.Parameter) -> None:
         """Add the selected entries of `parameter.grad` to the accumulator and drop the dense gradient."""

@@ -336,32 +336,27 @@ def test_carry_equals_a_dictionary(before: int, after: int, dtype: torch.dtype):
         old = torch.randperm(100, generator=rng)[:before].sort().values.to(dtype)
         new = torch.randperm(100, generator=rng)[:after].sort().values.to(dtype)
         values = torch.rand(before, generator=rng)
-        stays, kept = layout.common(old, new, 100)
-        carried = layout.carry(values, stays, kept)
+        carried = layout.carry(values, old, new, 100)
         assert carried.dtype == torch.float32
         assert carried.tolist() == carry_by_dict(old.tolist(), values.tolist(), new.tolist())
-        filled = layout.carry(values, stays, kept, fill=-2.0)
-        assert filled.tolist() == carry_by_dict(old.tolist(), values.tolist(), new.tolist(), fill=-2.0)
-        assert kept.tolist() == [i in set(old.tolist()) for i in new.tolist()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_carry_keeps_the_dtype(dtype: torch.dtype):
     for old in (torch.tensor([2, 4]), torch.tensor([], dtype=torch.int64)):
-        stays, kept = layout.common(old, torch.tensor([3, 4, 9]), 10)
         values = torch.arange(1, 1 + old.numel(), dtype=dtype)
-        carried = layout.carry(values, stays, kept)
+        carried = layout.carry(values, old, torch.tensor([3, 4, 9]), 10)
         assert carried.dtype == dtype
         assert carried.tolist() == ([0.0, 2.0, 0.0] if old.numel() else [0.0] * 3)
 
 
-def test_carry_fills_from_a_tensor():
-    new = torch.tensor([0, 4, 9])
-    fill = torch.tensor([10.0, 20.0, 30.0])
-    stays, kept = layout.common(torch.tensor([2, 4]), new, 10)
-    assert layout.carry(torch.tensor([1.0, 2.0]), stays, kept, fill=fill).tolist() == [10.0, 2.0, 30.0]
-    stays, kept = layout.common(torch.tensor([], dtype=torch.int64), new, 10)
-    assert layout.carry(torch.tensor([]), stays, kept, fill=fill).tolist() == [10.0, 20.0, 30.0]
+def test_carry_goes_through_large_parameters_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(layout, "_CARRIED_ENTRIES", 7)
+    rng = generator()
+    old = torch.randperm(100, generator=rng)[:40].sort().values
+    new = torch.randperm(100, generator=rng)[:50].sort().values
+    values = torch.rand(40, generator=rng)
+    assert layout.carry(values, old, new, 100).tolist() == carry_by_dict(old.tolist(), values.tolist(), new.tolist())
 
 
 @pytest.mark.parametrize("dtype", INT_DTYPES)
