@@ -23,7 +23,7 @@ SolverUsed = Literal["exact", "subspace", "exact after subspace"]
 DEFAULT_TOLERANCE = 3e-3
 
 # Up to this shorter side a full eigendecomposition is as cheap as a few rounds of iteration.
-_EXACT_UP_TO = 256
+_EXACT_UP_TO = 128
 
 # Entries of the weight that are in float64 at one time.
 _BLOCK_ENTRIES = 2**22
@@ -72,7 +72,7 @@ def low_rank_factors(
     relative to that of the approximation's bulk (all of it but for outlying rows and columns). The share of a 5% mask
     that differs from the exact one is about as large, 0.6 to 1.1 times on average (docs/performance.md).
 
-    `auto` takes `subspace` where it is cheaper: for shorter sides above 256 of which the basis, R + 32 columns, is less
+    `auto` takes `subspace` where it is cheaper: for shorter sides above 128 of which the basis, R + 32 columns, is less
     than half. Where it does not converge, because the R-th singular value does not stand out from the next 32 or
     rounding stands in the way, `auto` goes on with `exact`, and `solver` says so.
 
