@@ -85,6 +85,8 @@ class SparseAdamW(Optimizer):
         self._names: dict[nn.Parameter, str] = {}
         self._hooks: list[RemovableHandle] = []
         self._spent = False  # whether a step has used the gradients that are there
+        # What clipping measured, and of which gradients: the step need not look at the same ones again.
+        self._norm: tuple[Tensor, list[tuple[int, int]]] | None = None
         weakref.finalize(self, _remove_hooks, self._hooks)
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "sparse": False, "halves": None, "fused": True})
@@ -242,6 +244,7 @@ class SparseAdamW(Optimizer):
         norm = torch.nn.utils.get_total_norm(grads)
         if grads and max_norm != float("inf"):
             _multiply_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        self._norm = norm, _versions(grads)
         return norm
 
     @torch.no_grad()
@@ -273,7 +276,9 @@ class SparseAdamW(Optimizer):
         self.attempted_steps += 1
         if not grads:
             return loss
-        found_inf = (~torch.isfinite(torch.nn.utils.get_total_norm(grads))).to(torch.float32)
+        known = self._norm is not None and self._norm[1] == _versions(grads)
+        norm = self._norm[0] if self._norm is not None and known else torch.nn.utils.get_total_norm(grads)
+        found_inf = (~torch.isfinite(norm)).to(torch.float32)
         self.skipped_steps = self.skipped_steps.to(found_inf.device) + found_inf
         for group in self.param_groups:
             (self._step_sparse if group["sparse"] else self._step_dense)(group, found_inf)
@@ -431,6 +436,11 @@ def _multiply_(grads: list[Tensor], factor: Tensor | float) -> None:
     for device in dict.fromkeys(grad.device for grad in grads):
         here = factor.to(device) if isinstance(factor, Tensor) else factor
         torch._foreach_mul_([grad for grad in grads if grad.device == device], here)
+
+
+def _versions(grads: list[Tensor]) -> list[tuple[int, int]]:
+    """Changes when one of them is written to, or is another."""
+    return [(id(grad), grad._version) for grad in grads]
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
