@@ -13,35 +13,41 @@ from it, LoRA computes the adapters' only. Attention, the same for all, is left 
 from __future__ import annotations
 
 from harness import Options, Row, alternate, compare, options, progress, report
-from methods import ADAMW, CLIP, Method, Step, method
+from methods import ADAMW, CLIP, Method, Step, checkpoint_activations, method
 from smollm2 import batches, load_model, load_tokens
 from torch import Tensor, nn
 
 RANK, QUICK_RANK = 32, 4
-# Sequences, tokens of each, repeats. A step of the last takes a minute; it has no goal.
-SIZES = ((4, 128, 7), (4, 512, 5), (16, 512, 2))
-QUICK_SIZES = ((2, 16, 2), (4, 16, 2))
+# Sequences, tokens of each, repeats, gradient checkpointing. A step of the last takes a minute, and without
+# checkpointing more than 20 GiB; it has no goal.
+SIZES = ((4, 128, 7, False), (4, 512, 5, False), (16, 512, 1, True))
+QUICK_SIZES = ((2, 16, 2, False), (4, 16, 2, True))
 RIVALS = {"lora": "LoRA", "full": "full fine-tuning"}
 # At the first of the sizes.
 GOALS = {"lora": 1.0, "full": 0.97}
 
 
-def flops_per_token(method: Method) -> int:
-    """Of the matrix products in forward and backward: 2 for each entry and each of output, dX and dW."""
+def flops_per_token(method: Method, checkpointing: bool) -> int:
+    """Of the matrix products in forward and backward: 2 for each entry and each of output, dX and dW.
+
+    With checkpointing the output is computed twice, but for the head's.
+    """
     linear = [m for m in method.model.modules() if isinstance(m, nn.Linear)]
     entries = sum(m.weight.numel() for m in linear)
     trained = sum(m.weight.numel() for m in linear if m.weight.requires_grad)
-    return 4 * entries + 2 * trained
+    again = sum(m.weight.numel() for name, m in method.base.named_modules() if m in linear and "lm_head" not in name)
+    return 4 * entries + 2 * trained + (2 * again if checkpointing else 0)
 
 
 def measure(
-    methods: dict[str, Method], stretch: list[Tensor], goals: dict[str, float], extra: dict[str, dict[str, float]]
+    methods: dict[str, Method], stretch: list[Tensor], goals: dict[str, float], checkpointing: bool
 ) -> list[Row]:
     """One row for each rival; the first batch is the warm-up's."""
     batches_of = {name: iter(stretch) for name in methods}
     steps = {name: Step(one) for name, one in methods.items()}
     runs = {name: lambda name=name: steps[name](next(batches_of[name])) for name in methods}
-    size = f"{stretch[0].numel()} tokens"
+    size = f"{stretch[0].numel()} tokens{', checkpointing' if checkpointing else ''}"
+    flops = {name: flops_per_token(one, checkpointing) for name, one in methods.items()}
     samples = alternate(runs, len(stretch) - 1, size)
     return [
         compare(
@@ -50,7 +56,7 @@ def measure(
             samples[rival],
             better="lower",
             goal=goals.get(rival),
-            extra=extra[rival],
+            extra={"flops floor": flops["lift"] / flops[rival]},
         )
         for rival, label in RIVALS.items()
     ]
@@ -63,14 +69,15 @@ def main(chosen: Options) -> None:
     methods = {
         name: method(name, load_model(chosen.quick), rank) for name in progress(["lift", *RIVALS], "making the models")
     }
-    flops = {name: flops_per_token(one) for name, one in methods.items()}
-    extra = {rival: {"flops floor": flops["lift"] / flops[rival]} for rival in RIVALS}
     rows: list[Row] = []
-    for i, (sequences, length, usual) in enumerate(sizes):
+    for i, (sequences, length, usual, checkpointing) in enumerate(sizes):
+        if checkpointing:
+            for one in methods.values():
+                checkpoint_activations(one.base)
         source = batches(tokens, sequences, length)
         stretch = [next(source) for _ in range(1 + chosen.times(usual))]
-        rows += measure(methods, stretch, GOALS if i == 0 else {}, extra)
-    settings = {"rank": rank, "sizes": sizes, "clip": CLIP, "adamw": ADAMW, "matrix_flops_per_token": flops}
+        rows += measure(methods, stretch, GOALS if i == 0 else {}, checkpointing)
+    settings = {"rank": rank, "sizes": sizes, "clip": CLIP, "adamw": ADAMW}
     report(chosen, rows, settings)
 
 
