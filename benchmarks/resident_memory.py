@@ -28,14 +28,18 @@ def in_fresh_process(function: Callable[..., Result], *arguments: Any, preload: 
         return pool.submit(function, *arguments).result()
 
 
+def give_back() -> None:
+    """Return freed memory to the system, where the allocator knows how to."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def peak_above(run: Callable[[], Any]) -> int:
     """Bytes that `run` adds at its peak to the memory that is resident when it begins."""
     if not _PROCESS.is_dir():
         raise SystemExit("resident memory is read from /proc, which this system does not have: run this on Linux")
-    # What was freed but not given back would hide as much of the peak.
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    give_back()  # what was freed and is still resident would hide as much of the peak
     before = _resident()
     try:
         (_PROCESS / "clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
