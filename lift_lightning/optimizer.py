@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lift_lightning import indices as layout
 from lift_lightning.errors import ConfigError
 from lift_lightning.functional import adamw_update
+from lift_lightning.sharding import Owned, Ranks, local, owned, ranks_of, total_norm
 from lift_lightning.sparse_state import SparseState, working_dtype
 from lift_lightning.threads import side_by_side
 
@@ -52,6 +53,9 @@ class SparseAdamW(Optimizer):
             weight's dtype are not lost. None means for bfloat16 and float16 weights only.
         release_gradients: False leaves the dense gradients in place until `step` reads them.
 
+    Attributes:
+        split_over: the ranks that the parameters are split over, as by FSDP2; None where each rank has all of them.
+
     Raises:
         ConfigError: if a hyperparameter is out of range or the dtype is not floating point.
     """
@@ -83,6 +87,9 @@ class SparseAdamW(Optimizer):
         self.attempted_steps = 0
         self._sparse: dict[nn.Parameter, SparseState] = {}
         self._names: dict[nn.Parameter, str] = {}
+        self._owned: dict[nn.Parameter, Owned] = {}
+        # Called with a sparse parameter when its hook has collected from its gradient (see `reduction`).
+        self.on_collected: Callable[[nn.Parameter, Tensor], None] | None = None
         self._hooks: list[RemovableHandle] = []
         self._spent = False  # whether a step has used the gradients that are there
         # What clipping measured, and of which gradients: the step need not look at the same ones again.
@@ -91,6 +98,8 @@ class SparseAdamW(Optimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "sparse": False, "halves": None, "fused": True})
         self.skipped_steps = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        split = any(mine.group is not None for mine in self._owned.values())
+        self.split_over: Ranks | None = ranks_of(list(self._owned)) if split else None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its `step` counters (and moments, where dense) are made at once, the same keys on every rank."""
@@ -101,14 +110,17 @@ class SparseAdamW(Optimizer):
             if name in self._names.values():
                 raise ValueError(f"two parameters are called {name!r}: checkpoints go by name, so give each its own")
             self._names[parameter] = name
+            self._owned[parameter] = owned(parameter)
             _drop_earlier_hook(parameter)
             state = self.state[parameter]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            # Of FSDP2's parameters torch saves and loads vectors only.
+            shape = () if self._owned[parameter].group is None else (1,)
+            state["step"] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
             if not group["sparse"]:
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             else:
-                layout.flat_view(parameter)  # raises where there is none, before anything was changed
+                layout.flat_view(local(parameter))  # raises where there is none, before anything was changed
                 if self.release_gradients:
                     self._hook(parameter)
 
@@ -121,6 +133,10 @@ class SparseAdamW(Optimizer):
                 for parameter in group["params"]:
                     yield self._names[parameter], parameter, group
 
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """Those that are trained whole, in order."""
+        return [p for group in self.param_groups if not group["sparse"] for p in group["params"]]
+
     def is_selected(self, parameter: nn.Parameter) -> bool:
         """Whether the parameter has its selection."""
         return parameter in self._sparse
@@ -130,7 +146,7 @@ class SparseAdamW(Optimizer):
         return all(self.is_selected(parameter) for _, parameter, _ in self.sparse_parameters())
 
     def indices(self, parameter: nn.Parameter) -> Tensor:
-        """(K,) ascending flat indices of the entries of `parameter` that are trained.
+        """(K,) ascending flat indices of the entries of `parameter` that are trained, in what this rank has of it.
 
         Raises:
             RuntimeError: before the first `set_indices`.
@@ -146,10 +162,11 @@ class SparseAdamW(Optimizer):
 
         Args:
             parameter: one of a sparse group.
-            indices: (K,) flat indices, ascending and without repeats, any integer dtype and device.
+            indices: (K,) flat indices into the whole parameter, ascending and without repeats, any integer dtype and
+                device. Of a parameter that is split over ranks this one keeps those that it owns.
 
         Returns:
-            How many of the entries were selected before.
+            How many of the entries were selected before, on this rank.
 
         Raises:
             ValueError: if the parameter is not sparse here, or the indices are not as described.
@@ -157,6 +174,9 @@ class SparseAdamW(Optimizer):
         if not any(parameter is p for _, p, _ in self.sparse_parameters()):
             raise ValueError("the parameter is in no sparse group of this optimizer")
         layout.check_indices(indices, parameter.numel(), self._names[parameter])
+        mine = self._owned[parameter]
+        if mine.group is not None:
+            indices = indices[layout.slice_for_shard(indices, mine.start, mine.stop)] - mine.start
         if parameter in self._sparse:
             self._sparse[parameter], kept = self._sparse[parameter].reselected(parameter, indices)
             return kept
@@ -184,8 +204,10 @@ class SparseAdamW(Optimizer):
             optimizer = this()
             # Before the first selection the gradient stays where it is; step() raises in that case.
             if optimizer is not None and parameter in optimizer._sparse:
-                optimizer._sparse[parameter].collect(parameter)
+                grad = optimizer._sparse[parameter].collect(parameter)
                 optimizer._spent = False
+                if optimizer.on_collected is not None:
+                    optimizer.on_collected(parameter, grad)
 
         handle = parameter.register_post_accumulate_grad_hook(release)
         self._hooks.append(handle)
@@ -205,15 +227,32 @@ class SparseAdamW(Optimizer):
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
-        """The gradients of the coming step: (K,) of sparse parameters, whole ones of dense parameters."""
+        """The gradients of the coming step on this rank: (K,) of sparse parameters, whole ones of dense parameters."""
+        return list(self.gradients_by_parameter().values())
+
+    @torch.no_grad()
+    def gradients_by_parameter(self) -> dict[nn.Parameter, Tensor]:
+        """The same, each with its parameter."""
         # Put there by hand, or by a backward without the hook.
         waiting = [parameter for parameter in self._sparse if parameter.grad is not None]
         side_by_side(lambda p: self._sparse[p].collect(p), waiting, at_once=_on_cpu(waiting))
-        found = [state.grad for state in self._sparse.values() if state.grad is not None]
-        for group in self.param_groups:
-            if not group["sparse"]:
-                found += [p.grad for p in group["params"] if p.grad is not None]
-        return found
+        found = {p: state.grad for p, state in self._sparse.items() if state.grad is not None}
+        return found | {p: local(p.grad) for p in self.dense_parameters() if p.grad is not None}
+
+    def set_gradient(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        """Replace what `gradients_by_parameter` returned of a parameter that no ranks share."""
+        if parameter in self._sparse:
+            self._sparse[parameter].grad = grad
+        else:
+            parameter.grad = grad.view(parameter.shape)
+        self._spent = False
+
+    def _total_norm(self) -> Tensor:
+        """0-dim 2-norm of all gradients, on all ranks."""
+        grads = self.gradients_by_parameter()
+        whole = [grad for p, grad in grads.items() if self._owned[p].group is None]
+        split = [grad for p, grad in grads.items() if self._owned[p].group is not None]
+        return total_norm(whole, split, self.split_over, self.skipped_steps.device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those collected from the selected entries too."""
@@ -241,7 +280,7 @@ class SparseAdamW(Optimizer):
             0-dim norm before clipping.
         """
         grads = self.gradients()
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = self._total_norm()
         if grads and max_norm != float("inf"):
             _multiply_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         self._norm = norm, _versions(grads)
@@ -274,10 +313,10 @@ class SparseAdamW(Optimizer):
             self._state_of(parameter)
         grads = self.gradients()
         self.attempted_steps += 1
-        if not grads:
+        if not grads and self.split_over is None:
             return loss
         known = self._norm is not None and self._norm[1] == _versions(grads)
-        norm = self._norm[0] if self._norm is not None and known else torch.nn.utils.get_total_norm(grads)
+        norm = self._norm[0] if self._norm is not None and known else self._total_norm()
         found_inf = (~torch.isfinite(norm)).to(torch.float32)
         self.skipped_steps = self.skipped_steps.to(found_inf.device) + found_inf
         for group in self.param_groups:
@@ -312,10 +351,10 @@ class SparseAdamW(Optimizer):
     def _step_dense(self, group: dict[str, Any], found_inf: Tensor) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
         adamw_update(
-            parameters,
-            [p.grad for p in parameters],
-            [self.state[p]["exp_avg"] for p in parameters],
-            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [local(p) for p in parameters],
+            [local(p.grad) for p in parameters],
+            [local(self.state[p]["exp_avg"]) for p in parameters],
+            [local(self.state[p]["exp_avg_sq"]) for p in parameters],
             [self.state[p]["step"] for p in parameters],
             found_inf=found_inf,
             **_hyperparameters(group),
@@ -325,8 +364,8 @@ class SparseAdamW(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of indices, moments, masters and accumulators, and of the dense groups' moments."""
-        dense = [self.state[p] for group in self.param_groups if not group["sparse"] for p in group["params"]]
-        dense_bytes = sum(state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes for state in dense)
+        dense = [local(self.state[p][key]) for p in self.dense_parameters() for key in ("exp_avg", "exp_avg_sq")]
+        dense_bytes = sum(moment.nbytes for moment in dense)
         return dense_bytes + sum(s.nbytes(p) for p, s in self._sparse.items())
 
     def sparse_state_dict(self) -> dict[str, Any]:
@@ -334,25 +373,38 @@ class SparseAdamW(Optimizer):
 
         Gradients are there only between the micro-batches of one step, those of dense parameters too: what a step has
         used is left out, whether `zero_grad` was called or not.
+
+        Where parameters are split over ranks, each has to call this. The vectors are those of the whole parameters,
+        with indices into these, and only rank 0 of them gets any; gradients of a step that is under way are left out.
         """
         if not self._spent:
             self.gradients()  # collects those that no hook has taken
-        parameters = {
-            name: self._sparse[parameter].state_dict(with_grad=not self._spent)
-            for name, parameter, _ in self.sparse_parameters()
-            if self.is_selected(parameter)
-        }
-        dense = [p for group in self.param_groups if not group["sparse"] for p in group["params"]]
+        with_grads = not self._spent and self.split_over is None
+        parameters = {}
+        for name, parameter, _ in self.sparse_parameters():
+            if self.is_selected(parameter):
+                tensors = self._sparse[parameter].state_dict(with_grad=with_grads)
+                parameters[name] = self._of_all_ranks(parameter, tensors)
+        grads = {self._names[p]: p.grad for p in self.dense_parameters() if p.grad is not None}
         return {
             "attempted_steps": self.attempted_steps,
             "skipped_steps": self.skipped_steps,
-            "parameters": parameters,
-            "dense_grads": {self._names[p]: p.grad for p in dense if p.grad is not None and not self._spent},
+            "parameters": {name: tensors for name, tensors in parameters.items() if tensors},
+            "dense_grads": grads if with_grads else {},
         }
+
+    def _of_all_ranks(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        mine = self._owned[parameter]
+        if mine.group is None or self.split_over is None:
+            return tensors
+        wide = layout.index_dtype(parameter.numel())
+        tensors = {**tensors, "indices": tensors["indices"].to(wide) + mine.start}
+        gathered = {key: self.split_over.gather(vector) for key, vector in tensors.items()}
+        return {key: vector for key, vector in gathered.items() if vector is not None}
 
     @torch.no_grad()
     def load_sparse_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `sparse_state_dict` returned.
+        """Take over what `sparse_state_dict` returned, on the same ranks or others; each has to have all of it.
 
         Raises:
             ConfigError: if the names are not those of this optimizer's sparse parameters.
@@ -368,8 +420,13 @@ class SparseAdamW(Optimizer):
                 "resume with the target_modules of the run that wrote it"
             )
         for name, tensors in saved.items():
-            self.set_indices(mine[name], tensors["indices"])
-            self._sparse[mine[name]].load_state_dict(name, tensors)
+            parameter, indices = mine[name], tensors["indices"]
+            for key, vector in tensors.items():
+                if vector.shape != indices.shape:  # copying would broadcast a single entry
+                    raise ValueError(f"{name}: {indices.numel()} indices, but {vector.numel()} of {key}")
+            self.set_indices(parameter, indices)
+            here = layout.slice_for_shard(indices, self._owned[parameter].start, self._owned[parameter].stop)
+            self._sparse[parameter].load_state_dict({key: vector[here] for key, vector in tensors.items()})
         named = {name: parameter for parameter, name in self._names.items()}
         for name, grad in state_dict["dense_grads"].items():
             named[name].grad = grad.to(named[name].device, copy=True)  # the next backward adds to it in place

@@ -1,5 +1,7 @@
 """What is kept for one sparse parameter: vectors of length K, and how they follow its selection and its weight.
 
+Of a parameter that is split over ranks each has the entries that it owns: K and all indices are those of its shard.
+
 Letters: K selected entries of the parameter, K' after a refresh.
 """
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lift_lightning.indices import carry, gather, index_dtype, scatter, scatter_add
+from lift_lightning.sharding import local
 
 
 def working_dtype(parameter: Tensor) -> torch.dtype:
@@ -47,10 +50,10 @@ class SparseState:
             moments: dtype of the moments, which are float64 for a float64 weight in any case.
             master: whether to keep a copy in the working dtype.
         """
-        indices = indices.to(device=parameter.device, dtype=index_dtype(parameter.numel()))
+        indices = indices.to(device=parameter.device, dtype=index_dtype(local(parameter).numel()))
         working = working_dtype(parameter)
         exp_avg = torch.zeros(indices.numel(), dtype=_wider(moments, parameter), device=parameter.device)
-        values = gather(parameter, indices).to(working) if master else None
+        values = gather(local(parameter), indices).to(working) if master else None
         return cls(indices, exp_avg, torch.zeros_like(exp_avg), values)
 
     def reselected(self, parameter: nn.Parameter, indices: Tensor) -> tuple[SparseState, int]:
@@ -59,22 +62,23 @@ class SparseState:
         indices = indices.to(device=parameter.device, dtype=self.indices.dtype)
 
         def carried(values: Tensor) -> Tensor:
-            return carry(values, self.indices, indices, parameter.numel())
+            return carry(values, self.indices, indices, local(parameter).numel())
 
         kept = carried(torch.ones_like(self.indices, dtype=torch.bool))
         new = SparseState(indices, carried(self.exp_avg), carried(self.exp_avg_sq), master=None)
         if self.master is not None:
             self.refresh_master(parameter)
-            current = gather(parameter, indices).to(self.master.dtype)
+            current = gather(local(parameter), indices).to(self.master.dtype)
             new.master = torch.where(kept, carried(self.master), current)
         return new, int(torch.count_nonzero(kept))
 
-    def collect(self, parameter: nn.Parameter) -> None:
-        """Add the selected entries of `parameter.grad` to the accumulator and drop the dense gradient."""
+    def collect(self, parameter: nn.Parameter) -> Tensor:
+        """Add the selected entries of `parameter.grad` to the accumulator, and drop it; returns the accumulator."""
         assert parameter.grad is not None
-        picked = gather(parameter.grad, self.indices)
+        picked = gather(local(parameter.grad), self.indices)
         self.grad = picked.to(working_dtype(parameter)) if self.grad is None else self.grad.add_(picked)
         parameter.grad = None
+        return self.grad
 
     def operand(self, parameter: nn.Parameter, *, additive: bool) -> Tensor:
         """The (K,) tensor for AdamW to update in place, in the working dtype; `write` brings it to the weight.
@@ -92,19 +96,19 @@ class SparseState:
             return self.master
         if additive and parameter.dtype == working_dtype(parameter):
             return torch.full_like(self.exp_avg, -0.0, dtype=parameter.dtype)
-        return gather(parameter, self.indices).to(working_dtype(parameter))
+        return gather(local(parameter), self.indices).to(working_dtype(parameter))
 
     def write(self, parameter: nn.Parameter, operand: Tensor, *, additive: bool) -> None:
         """Bring what `operand` returned, updated, to the weight's entries."""
         if self.master is None and additive and parameter.dtype == working_dtype(parameter):
-            scatter_add(parameter, self.indices, operand)
+            scatter_add(local(parameter), self.indices, operand)
         else:
-            scatter(parameter, self.indices, operand)
+            scatter(local(parameter), self.indices, operand)
 
     def refresh_master(self, parameter: nn.Parameter) -> None:
         """Where something else wrote to the weight (loading, averaging), the weight wins over its master."""
         assert self.master is not None
-        current = gather(parameter, self.indices)
+        current = gather(local(parameter), self.indices)
         ours = self.master.to(current.dtype) == current
         self.master = torch.where(ours, self.master, current.to(self.master.dtype))
 
@@ -123,17 +127,11 @@ class SparseState:
             tensors["grad"] = self.grad
         return tensors
 
-    def load_state_dict(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Take over the values of a saved state with the same indices; dtypes stay as they are here.
-
-        Raises:
-            ValueError: naming the parameter, if a vector is not of length K.
-        """
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the (K,) values of a saved state with the same indices; dtypes stay as they are here."""
         for key, saved in tensors.items():
-            if saved.shape != self.indices.shape:  # copy_ would broadcast a single entry
-                raise ValueError(f"{name}: {self.indices.numel()} indices, but {saved.numel()} of {key}")
             target = getattr(self, key)
-            if target is not None:  # a master that this run does not keep
+            if target is not None and key != "indices":  # None: a master that this run does not keep
                 target.copy_(saved)
         grad = tensors.get("grad")
         self.grad = None if grad is None else grad.to(self.indices.device, copy=True)

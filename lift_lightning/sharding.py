@@ -1,0 +1,308 @@
+"""One view of a parameter under every way of distributing it, and all communication between ranks.
+
+The only file that knows torch.distributed. Whatever the strategy, a rank owns one contiguous flat range of each
+parameter: all of it on a single device and under DDP, some rows of it under FSDP2. Collectives are called by every rank
+in the same order; an error on one of them is raised on all.
+
+Letters: W ranks; K selected entries of one parameter; M, N rows and columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lift_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Where this rank's entries of a parameter lie in the whole.
+
+    Attributes:
+        shape: of the whole parameter.
+        start: first flat index that is here.
+        stop: the one after the last; equal to `start` where this rank has none.
+        group: of the ranks that the parameter is split over; None where all of it is here.
+    """
+
+    shape: torch.Size
+    start: int
+    stop: int
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def numel(self) -> int:
+        """Entries of the whole parameter."""
+        return self.shape.numel()
+
+
+def owned(parameter: Tensor) -> Owned:
+    """Which entries of the parameter this rank has.
+
+    Raises:
+        ConfigError: if they are not one contiguous range of rows, as under tensor parallelism.
+    """
+    if not isinstance(parameter, DTensor):
+        return Owned(parameter.shape, 0, parameter.numel())
+    mesh, placements = parameter.device_mesh, parameter.placements
+    split = [i for i, placement in enumerate(placements) if placement != Replicate()]
+    if not split:
+        return Owned(parameter.shape, 0, parameter.numel())
+    if len(split) > 1 or placements[split[0]] != Shard(0):
+        raise ConfigError(
+            f"a parameter of shape {tuple(parameter.shape)} is laid out as {placements}: LIFT trains parameters that "
+            "are split into contiguous rows over one dimension of the mesh, as fully_shard does, and not by tensor "
+            "parallelism"
+        )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    row = parameter.shape[1:].numel()
+    start = min(offset[0] * row, parameter.numel())
+    return Owned(parameter.shape, start, start + torch.Size(shape).numel(), mesh.get_group(split[0]))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of a parameter or gradient: a plain tensor that shares its memory."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+class Ranks:
+    """The processes that train one model, as far as they talk to each other.
+
+    Args:
+        group: torch's process group of theirs.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add up over the ranks, in place."""
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def start_sum_(self, tensor: Tensor) -> dist.Work:
+        """The same without waiting, for gradients."""
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        assert work is not None
+        return work
+
+    def exchange(self, parts: Sequence[Tensor], sizes: Sequence[int] | None = None) -> list[Tensor]:
+        """Give each rank its vector, and get one from each.
+
+        Args:
+            parts: W vectors of one dtype and device, the i-th for rank i.
+            sizes: of what comes from each rank, where it is known; else it is asked for first.
+        """
+        device, dtype = parts[0].device, parts[0].dtype
+        if sizes is None:
+            mine = torch.tensor([part.numel() for part in parts], device=device)
+            theirs = torch.empty_like(mine)
+            dist.all_to_all_single(theirs, mine, group=self.group)
+            sizes = theirs.tolist()
+        # As bytes: not every backend knows every dtype.
+        sent = torch.cat([part.reshape(-1) for part in parts]).view(torch.uint8)
+        received = torch.empty(sum(sizes) * dtype.itemsize, dtype=torch.uint8, device=device)
+        dist.all_to_all_single(
+            received,
+            sent,
+            [size * dtype.itemsize for size in sizes],
+            [part.numel() * dtype.itemsize for part in parts],
+            group=self.group,
+        )
+        return list(received.view(dtype).split(list(sizes)))
+
+    def gather(self, part: Tensor) -> Tensor | None:
+        """On rank 0 the vectors of all ranks, one after the other; None elsewhere."""
+        nothing = part.new_empty(0)
+        parts = self.exchange([part if rank == 0 else nothing for rank in range(self.size)])
+        return torch.cat(parts) if self.rank == 0 else None
+
+    def objects(self, value: Any) -> list[Any]:
+        """What every rank has, small and picklable."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every rank what one of them met, so that none waits for ever.
+
+        Raises:
+            Exception: the rank's own error, or one of the same type with another rank's message.
+        """
+        for rank, met in enumerate(self.objects(None if error is None else (type(error), str(error)))):
+            if met is not None:
+                if error is not None:
+                    raise error
+                kind, message = met
+                raise kind(f"rank {rank}: {message}")
+
+    def broadcast_(self, module: nn.Module) -> None:
+        """Parameters and buffers of rank 0, on all."""
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.detach(), group_src=0, group=self.group)
+
+
+def all_ranks() -> Ranks | None:
+    """Those of the default group; None in a single process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    assert dist.group.WORLD is not None
+    return Ranks(dist.group.WORLD)
+
+
+def ranks_of(parameters: Sequence[Tensor]) -> Ranks | None:
+    """The ranks that parameters are split over; if they are not split, all that there are; None in a single process.
+
+    Raises:
+        ConfigError: if they are split over different ranks.
+    """
+    groups = {shard.group for shard in map(owned, parameters) if shard.group is not None}
+    if len(groups) > 1:
+        raise ConfigError("the sparse parameters are split over different groups of ranks: shard them over one mesh")
+    if groups:
+        group = groups.pop()
+        return Ranks(group) if dist.get_world_size(group) > 1 else None
+    return all_ranks()
+
+
+def fully_shard_model(model: nn.Module, mesh: DeviceMesh, blocks: Sequence[str], precision: str) -> None:
+    """FSDP2: one unit for each block and one for the rest.
+
+    Args:
+        model: on any device.
+        mesh: one-dimensional.
+        blocks: class names of the blocks, of transformers: the model's `_no_split_modules`.
+        precision: the Trainer's. Gradients of bfloat16 are summed over the ranks in float32.
+
+    Raises:
+        ConfigError: if the model has none of the blocks.
+    """
+    found = [module for module in model.modules() if type(module).__name__ in blocks]
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has none of the blocks {list(blocks)} to shard it by")
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
+        reduce_dtype=torch.float32 if precision.startswith("bf16") else None,
+    )
+    for block in found:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def total_norm(whole: list[Tensor], split: list[Tensor], ranks: Ranks | None, device: torch.device) -> Tensor:
+    """0-dim 2-norm over tensors of which each rank has all, and others of which each has a part.
+
+    Args:
+        whole: the same on every rank.
+        split: this rank's parts, over `ranks`.
+        ranks: None where nothing is split.
+        device: of the result.
+    """
+    if ranks is None:
+        return torch.nn.utils.get_total_norm([*whole, *split])
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    if split:
+        squares += torch.nn.utils.get_total_norm(split).double().square()
+    ranks.sum_(squares)
+    if whole:
+        squares += torch.nn.utils.get_total_norm(whole).double().square()
+    return squares.sqrt()
+
+
+def load_whole_states(
+    model: nn.Module,
+    weights: dict[str, Any],
+    optimizers: Sequence[tuple[torch.optim.Optimizer, dict[str, Any]]],
+    *,
+    strict: bool,
+) -> None:
+    """Give each rank its part of a checkpoint that holds whole tensors, whichever strategy wrote it.
+
+    Args:
+        model: sharded.
+        weights: its state dict; every rank has it.
+        optimizers: each with the state dict that it, or that of an unsharded model, saved. Parameters are found by
+            their place in the groups: numbers mean one thing to torch's own optimizers and another to FSDP's.
+        strict: every weight must be there, and no other.
+    """
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=strict))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer, saved in optimizers:
+        groups: list[dict[str, Any]] = []
+        named: dict[Any, str] = {}
+        for theirs, mine in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+            group = [names[id(parameter)] for parameter in mine["params"]]
+            named.update(zip(theirs["params"], group, strict=True))
+            groups.append({**theirs, "params": group})
+        state = {named[key]: values for key, values in saved["state"].items()}
+        # One step counts for a parameter whichever shape its counter has.
+        steps = {names[id(p)]: p_state["step"] for p, p_state in optimizer.state.items()}
+        for name, values in state.items():
+            state[name] = {**values, "step": values["step"].reshape(steps[name].shape)}
+        options = StateDictOptions(full_state_dict=True, strict=strict)
+        set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+
+
+class VectorSum:
+    """Sums vectors over ranks, in a few flat buckets that start as soon as all vectors of theirs are ready.
+
+    All ranks start the buckets in the same order, whatever the order in which their vectors become ready.
+
+    Args:
+        ranks: that sum.
+        nbytes: of each vector, in the order in which they are expected to become ready.
+        bucket_bytes: at most so many in a bucket, if it holds more than one vector.
+    """
+
+    def __init__(self, ranks: Ranks, nbytes: dict[Any, int], bucket_bytes: int = 25 * 2**20) -> None:
+        self.ranks = ranks
+        self._buckets: list[list[Any]] = []
+        room = 0
+        for key, size in nbytes.items():
+            if not self._buckets or size > room:
+                self._buckets.append([])
+                room = bucket_bytes
+            self._buckets[-1].append(key)
+            room -= size
+        self._vectors: dict[Any, Tensor] = {}
+        self._started: list[tuple[Tensor, dist.Work]] = []
+        self.nbytes = sum(nbytes.values())
+
+    def missing(self) -> list[Any]:
+        """Vectors that are not ready yet."""
+        return [key for bucket in self._buckets for key in bucket if key not in self._vectors]
+
+    def ready(self, key: Any, vector: Tensor) -> None:
+        """A vector is complete on this rank."""
+        self._vectors[key] = vector
+        for bucket in self._buckets[len(self._started) :]:
+            if not all(other in self._vectors for other in bucket):
+                break
+            flat = torch.cat([self._vectors[other] for other in bucket])
+            self._started.append((flat, self.ranks.start_sum_(flat)))
+
+    def finish(self) -> dict[Any, Tensor]:
+        """Wait for the sums; every vector must have become ready."""
+        assert not self.missing()
+        found: dict[Any, Tensor] = {}
+        for bucket, (flat, work) in zip(self._buckets, self._started, strict=True):
+            work.wait()
+            found.update(zip(bucket, flat.split([self._vectors[key].numel() for key in bucket]), strict=True))
+        return found
