@@ -99,7 +99,7 @@ def low_rank_factors(
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(get_args(Solver))}")
     largest = check_finite(weight)
     weight, rank = weight.detach(), min(rank, *weight.shape)
-    if solver == "exact" or (solver == "auto" and not _subspace_is_cheaper(weight, rank)):
+    if solver == "exact" or (solver == "auto" and not _subspace_is_cheaper(weight.shape[0], weight.shape[1], rank)):
         return _exact(weight, rank, largest)
     factors = _subspace(weight, rank, basis, tolerance, largest)
     if factors.error <= tolerance:
@@ -151,8 +151,20 @@ def float32_products(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _subspace_is_cheaper(weight: Tensor, rank: int) -> bool:
-    side = min(weight.shape)
+def decomposition_cost(rows: int, columns: int, rank: int) -> float:
+    """Multiplications in float32, about, of a later decomposition by the solver `auto` and of the scores it gives."""
+    side, length = min(rows, columns), max(rows, columns)
+    scores = float(rows * columns * rank)
+    if rank >= side:
+        return 0.0
+    if _subspace_is_cheaper(rows, columns, rank):
+        width = rank + OVERSAMPLING
+        return scores + 3 * side * length * width + 20 * side * width**2  # three products; QR and small products
+    return scores + 2 * (side**2 * length + 9 * side**3)  # in float64, which takes twice as long
+
+
+def _subspace_is_cheaper(rows: int, columns: int, rank: int) -> bool:
+    side = min(rows, columns)
     return side > _EXACT_UP_TO and 2 * (rank + OVERSAMPLING) < side
 
 

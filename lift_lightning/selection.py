@@ -271,7 +271,7 @@ def _magnitude_scores(weight: Tensor, config: SelectionConfig, basis: Tensor | N
 
 def _random_scores(weight: Tensor, config: SelectionConfig, basis: Tensor | None, statistics: Any | None) -> Scores:
     # Drawn on the CPU, so that every device gets the same mask from the same seed.
-    drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(config.seed))
+    drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(config.seed), dtype=torch.float32)
     return Scores(lambda part: drawn[part].to(weight.device))
 
 

@@ -282,5 +282,5 @@ def _start(matrix: Tensor, width: int, basis: Tensor | None) -> Tensor:
         known = basis[:, : width - _PROBES].to(matrix.device, torch.float32)
     missing = width - known.shape[1]
     # Drawn on the CPU, so that every device starts from the same columns.
-    drawn = torch.randn(side, missing, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(side, missing, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     return torch.cat([known, drawn.to(matrix.device)], dim=1)

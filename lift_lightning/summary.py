@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from rich.table import Table
 from torch import nn
 
@@ -32,14 +33,16 @@ class SummaryRow:
 
 
 def parameter_summary(model: nn.Module, optimizer: SparseAdamW) -> list[SummaryRow]:
-    """Rows for every kind of parameter of the model, sparse ones first. To be called after the first selection."""
-    trained: dict[int, tuple[str, int]] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if group["sparse"]:
-                trained[id(parameter)] = ("sparse", optimizer.indices(parameter).numel())
-            else:
-                trained[id(parameter)] = ("dense", parameter.numel())
+    """Rows for every kind of parameter of the model, sparse ones first.
+
+    To be called after the first selection, where parameters are split over ranks by each of them.
+    """
+    sparse = [parameter for _, parameter, _ in optimizer.sparse_parameters()]
+    counts = torch.tensor([optimizer.indices(p).numel() for p in sparse], device=optimizer.skipped_steps.device)
+    if optimizer.split_over is not None:
+        optimizer.split_over.sum_(counts)
+    trained = {id(p): ("sparse", count) for p, count in zip(sparse, counts.tolist(), strict=True)}
+    trained |= {id(p): ("dense", p.numel()) for p in optimizer.dense_parameters()}
     rows: dict[tuple[str, str], SummaryRow] = {}
     for name, parameter in model.named_parameters():
         kind, count = trained.get(id(parameter), ("frozen", 0))
@@ -55,10 +58,11 @@ def summary_table(rows: list[SummaryRow], optimizer: SparseAdamW) -> Table:
     """The rows as a table with totals, and the size of the optimizer's state beside that of a full AdamW."""
     entries, trained = sum(row.entries for row in rows), sum(row.trained for row in rows)
     state = optimizer.state_bytes() / 2**20
+    on_each = "" if optimizer.split_over is None else " on this rank"
     table = Table(
         title="What is trained",
         caption=f"{trained:,} of {entries:,} parameters trained ({trained / entries:.2%}); optimizer state "
-        f"{state:,.1f} MiB, float32 AdamW on all of them would hold {entries * 8 / 2**20:,.1f} MiB",
+        f"{state:,.1f} MiB{on_each}, float32 AdamW on all of them would hold {entries * 8 / 2**20:,.1f} MiB",
     )
     table.add_column("parameter", overflow="fold")
     table.add_column("kind")

@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
@@ -61,6 +62,18 @@ def one_thread_each(function: Callable[[Item], Result], items: Iterable[Item]) -
     finally:
         torch.set_num_threads(threads)
         sys.setswitchinterval(interval)
+
+
+@contextmanager
+def one_thread(alone: bool = True) -> Iterator[None]:
+    """torch computes on one thread, if `alone`, as under `one_thread_each`: the bits of a result depend on it."""
+    threads = torch.get_num_threads()
+    if alone:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def side_by_side(function: Callable[[Item], object], items: Sequence[Item], *, at_once: bool = True) -> None:
