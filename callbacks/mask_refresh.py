@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from lift_lightning.errors import ConfigError
 from lift_lightning.optimizer import SparseAdamW
-from lift_lightning.refresh import Bases, RefreshReport, refresh_masks
+from lift_lightning.refresh import Bases, RefreshReport, gathered_bases, own_bases, refresh_masks
 from lift_lightning.selection import SelectionConfig
+from lift_lightning.sharding import ranks_of
 from lift_lightning.summary import parameter_summary, summary_table
-from lift_lightning.support import OnNonfinite, SkipReporter, refuse_unsupported
+from lift_lightning.support import OnNonfinite, SkipReporter, is_wrapped_by_ddp, refuse_unsupported
 
 CHECKPOINT_KEY = "lift_lightning"
 
@@ -160,12 +161,18 @@ class MaskRefreshCallback(pl.Callback):
         if self._optimizer is not None:
             checkpoint[CHECKPOINT_KEY] = {
                 "optimizer": self._optimizer.sparse_state_dict(),
-                "bases": {name: b for name, b in self._bases.items() if any(x is not None for x in b)},
+                "bases": {name: b for name, b in self._all_bases().items() if any(x is not None for x in b)},
                 "checked_step": self._checked_step,
                 "selection": asdict(self.config),
             }
         elif self._restored:  # of a run that was over when it was resumed
             checkpoint[CHECKPOINT_KEY] = self._restored
+
+    def _all_bases(self) -> Bases:
+        """Those of all ranks, on rank 0: each has those of the matrices that it decomposed."""
+        assert self._optimizer is not None
+        ranks = ranks_of([parameter for _, parameter, _ in self._optimizer.sparse_parameters()])
+        return self._bases if ranks is None else gathered_bases(ranks, self._optimizer, self._bases)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -187,12 +194,15 @@ class MaskRefreshCallback(pl.Callback):
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: SparseAdamW) -> None:
         optimizer.thin_state_dict = True
-        optimizer.attach_hooks()  # gone if it has been through a fit
+        if is_wrapped_by_ddp(trainer):
+            optimizer.remove_hooks()  # they would take the gradients before they are reduced
+        else:
+            optimizer.attach_hooks()  # gone if it has been through a fit
         entries = sum(p.numel() for _, p, _ in optimizer.sparse_parameters())
         self._resolved = self.config.of_targets(entries, sum(p.numel() for p in pl_module.parameters()))
         if self._restored:
             optimizer.load_sparse_state_dict(self._restored["optimizer"])
-            self._bases = self._restored["bases"]
+            self._bases = own_bases(optimizer, self._resolved, self._restored["bases"])
             self._checked_step = self._restored["checked_step"]
             if self._restored["selection"] != asdict(self.config):
                 rank_zero_warn(
@@ -207,8 +217,9 @@ class MaskRefreshCallback(pl.Callback):
                 )
             self._checked_step = optimizer.attempted_steps + 1
             self._refresh(trainer, self._checked_step)
+        summary = parameter_summary(pl_module, optimizer)
         if trainer.is_global_zero:
-            Console().print(summary_table(parameter_summary(pl_module, optimizer), optimizer))
+            Console().print(summary_table(summary, optimizer))
 
     def _refresh(self, trainer: pl.Trainer, step: int) -> None:
         assert self._optimizer is not None
@@ -242,7 +253,9 @@ class MaskRefreshCallback(pl.Callback):
         if "subspace" in report.solvers:
             solvers += f" (error up to {report.error:.1e})"
         overlap = "" if report.overlap is None else f", {report.overlap:.2%} of them selected before"
+        split = f"; most on one rank: {report.imbalance:.2f} times the mean" if report.imbalance > 1 else ""
         rank_zero_info(
             f"LIFT refresh at step {step}: {report.selected:,} of {report.entries:,} entries "
             f"({report.density:.2%}){overlap}, {report.seconds:.1f} s{solvers and '; matrices by solver: '}{solvers}"
+            f"{split}"
         )

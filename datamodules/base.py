@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from lift_lightning.collate import collate_test, pad_batch
@@ -27,6 +27,7 @@ from lift_lightning.datamodules.rows import (
     read_rows,
     split_rows,
 )
+from lift_lightning.datamodules.shards import EvaluationShard
 from lift_lightning.datamodules.tokenise import encode_cached
 from lift_lightning.prompts import choose_pad_id, encode_prompt, render_prompt
 
@@ -201,12 +202,20 @@ class SFTDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the next unseen row; a checkpoint that is only tested moves nothing."""
-        if self.trainer is not None and self.trainer.state.fn == "fit":
-            self._loader_state = state_dict.get("train_loader")
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        state = state_dict.get("train_loader")
+        if not self.trainer.strategy.restore_checkpoint_after_setup:
+            self._loader_state = state
+        elif state is not None and self._train_loader is not None:
+            # FSDP2 reads a checkpoint when optimizers, and with them the loader whose length they ask for, are there.
+            self._train_loader.load_state_dict(state)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """In file order. On several devices Lightning shards it and repeats rows until all ranks have as many."""
+        """In file order. On several devices the ranks take turns; a row that fills up the last turn has no labels."""
         dataset = self._ready(self.val_dataset, "validate")
+        if len(dataset) and self.trainer is not None and self.trainer.world_size > 1:
+            dataset = EvaluationShard(dataset, self.trainer.world_size, self.trainer.global_rank)
         return self._eval_loader(dataset, self._collate_training()) if len(dataset) else []
 
     def test_dataloader(self) -> list[DataLoader]:
@@ -331,8 +340,15 @@ class SFTDataModule(LightningDataModule):
     def _eval_loader(self, dataset: Any, collate: Any) -> DataLoader:
         # A generator of its own: without one, every iterator draws its workers' seed from the global one.
         generator = torch.Generator().manual_seed(self.seed)
+        # Of one rank, whatever there are: Lightning would replace any other sampler by one that repeats rows.
+        order: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False)
         return DataLoader(
-            dataset, self.eval_batch_size, num_workers=self.num_workers, collate_fn=collate, generator=generator
+            dataset,
+            self.eval_batch_size,
+            sampler=order,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            generator=generator,
         )
 
     @staticmethod

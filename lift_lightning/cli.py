@@ -18,9 +18,9 @@ from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.datamodules import SFTDataModule
 from lift_lightning.datamodules.base import DEFAULT_SEED
 from lift_lightning.datamodules.rows import DataError
-from lift_lightning.errors import ConfigError
+from lift_lightning.errors import CheckpointError, ConfigError
 from lift_lightning.evaluation.scoring import is_known
-from lift_lightning.export import CheckpointError, export
+from lift_lightning.export import export
 from lift_lightning.models import ModelUnavailableError
 from lift_lightning.module import LiftLightningModule
 

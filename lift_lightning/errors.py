@@ -1,4 +1,4 @@
-"""The error of a setting that a user can mend."""
+"""Errors that a user can mend."""
 
 
 class ConfigError(ValueError):
@@ -6,3 +6,7 @@ class ConfigError(ValueError):
 
     The message says the value, the limit and the remedy; the command line prints it without a traceback.
     """
+
+
+class CheckpointError(ValueError):
+    """A file or folder is no checkpoint of a training run, or not a whole one."""

@@ -6,12 +6,9 @@ from pathlib import Path
 
 import torch
 
+from lift_lightning.errors import CheckpointError
 from lift_lightning.models import ModelUnavailableError, check_export_folder, export_model, load_tokenizer
 from lift_lightning.module import LiftLightningModule
-
-
-class CheckpointError(ValueError):
-    """A file is no checkpoint of `LiftLightningModule`."""
 
 
 def export(

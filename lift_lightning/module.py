@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,8 +30,11 @@ from lift_lightning.models import ModelTask, keep_buffer_dtypes, load_model, loa
 from lift_lightning.monitoring import StepMeter
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.param_groups import build_param_groups
+from lift_lightning.reduction import GradientSum
 from lift_lightning.rng import rng_state, set_rng_state
-from lift_lightning.support import CountOptimizerSteps, SkipReporter, refuse_unsupported
+from lift_lightning.sharding import Ranks, all_ranks, fully_shard_model
+from lift_lightning.strategies import FSDP2Strategy  # noqa: F401  # so that the Trainer knows its name
+from lift_lightning.support import CountOptimizerSteps, SkipReporter, leave_unwrapped, refuse_unsupported
 
 CHECKPOINT_KEY = "lift_lightning_module"
 
@@ -137,6 +141,8 @@ class LiftLightningModule(pl.LightningModule):
         self.meter = StepMeter()
         self._restored: dict[str, Any] | None = None
         self._skips: SkipReporter | None = None
+        self._ranks: Ranks | None = None  # that train together with this one
+        self._sum: GradientSum | None = None  # where each of them has the whole model
         self._settings: list[dict[str, Any]] = []
         self._start_step()
         self._val_total, self._val_weight = self._loss, self._weight
@@ -168,6 +174,9 @@ class LiftLightningModule(pl.LightningModule):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.model = model
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard_model(model, mesh, list(model._no_split_modules or ()), self.trainer.precision)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiftLightningModule:
         # A Trainer in bf16-true casts buffers as well, and rotary frequencies in bfloat16 are another model.
@@ -230,6 +239,8 @@ class LiftLightningModule(pl.LightningModule):
         """Refuse what would train wrong in silence."""
         if stage == "fit":
             refuse_unsupported(self.trainer)
+            if isinstance(self.trainer.strategy, DDPStrategy):
+                leave_unwrapped(self.trainer.strategy)
             self._restored = None  # of a checkpoint that an earlier fit read and did not come to use
 
     def on_fit_start(self) -> None:
@@ -264,6 +275,10 @@ class LiftLightningModule(pl.LightningModule):
         if self._restored is not None:
             self._take_back_settings(optimizer)
         self._warn_of_narrow_dense_weights(optimizer)
+        self._ranks = all_ranks()
+        self._sum = None
+        if self._ranks is not None and optimizer.split_over is None:
+            self._sum = GradientSum(optimizer, self._ranks)
         self._skips = None if self._has_selector() else SkipReporter(optimizer)  # the callback has one of its own
 
     def _take_back_settings(self, optimizer: SparseAdamW) -> None:
@@ -293,8 +308,18 @@ class LiftLightningModule(pl.LightningModule):
             self._accumulated = self._restored["accumulated"]
             self._weight = self._restored["weight"].to(self.device)
             self._loss = self._restored["loss"].to(self.device)
-            set_rng_state(self._restored["rng"])
+            self._continue_random_numbers(self._restored["rng"])
             self._restored = None
+
+    def _continue_random_numbers(self, states: list[dict[str, Any]]) -> None:
+        ranks, rank = (1, 0) if self._ranks is None else (self._ranks.size, self._ranks.rank)
+        if len(states) == ranks:
+            set_rng_state(states[rank])
+        else:
+            rank_zero_info(
+                f"the checkpoint is of {len(states)} processes, these are {ranks}: dropout draws other numbers than it "
+                "would have in a run without a break"
+            )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One micro-batch; every `accumulate_grad_batches` of them, and at the end of an epoch, an optimizer step."""
@@ -304,12 +329,15 @@ class LiftLightningModule(pl.LightningModule):
             summand, weight = loss
         else:
             summand, weight = loss.total / loss.weight.clamp(min=1), torch.ones_like(loss.weight)
+        last = self._accumulated + 1 >= self.hparams.accumulate_grad_batches or self.trainer.is_last_batch
+        if last and self._sum is not None:
+            self._sum.begin()
         self.manual_backward(summand)
         self._accumulated += 1
         self._weight += weight
         self._loss += summand.detach()
         self.meter.count(batch["attention_mask"].sum())
-        if self._accumulated >= self.hparams.accumulate_grad_batches or self.trainer.is_last_batch:
+        if last:
             self._optimizer_step()
         self._inside = False
 
@@ -318,15 +346,28 @@ class LiftLightningModule(pl.LightningModule):
 
     def _optimizer_step(self) -> None:
         optimizer = self._sparse_adamw()
-        weight = self._weight.clamp(min=1)
-        optimizer.scale_grads_(1.0 / weight)
+        loss, weight = self._over_ranks(self._loss, self._weight)
+        weight = weight.clamp(min=1)
+        scale = 1.0 / weight
+        if self._sum is not None:
+            self._sum.finish()
+        elif self._ranks is not None:
+            scale *= self._ranks.size  # FSDP2 takes the mean over the ranks, which may have different weights
+        optimizer.scale_grads_(scale)
         clip = self.hparams.gradient_clip_val
         norm = optimizer.clip_grad_norm_(float("inf") if clip is None else clip)
         self.optimizers().step()  # Lightning's wrapper: it advances global_step
         optimizer.zero_grad()
         self.lr_schedulers().step()
-        self._log_step({"train_loss": self._loss / weight, "grad_norm": norm})
+        self._log_step({"train_loss": loss / weight, "grad_norm": norm})
         self._start_step()
+
+    def _over_ranks(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        """Each summed over the ranks, in one exchange."""
+        if self._ranks is None:
+            return sums
+        totals = self._ranks.sum_(torch.stack([one.double() for one in sums]))
+        return tuple(total.to(one.dtype) for total, one in zip(totals, sums, strict=True))
 
     def _log_step(self, metrics: dict[str, Tensor]) -> None:
         # Lightning would send a step's values again with every micro-batch of the next one, so loggers are served here.
@@ -334,7 +375,12 @@ class LiftLightningModule(pl.LightningModule):
             self.log(name, value, prog_bar=name == "train_loss", logger=False)
         every = self.trainer.log_every_n_steps
         if self.loggers and every and self.global_step % every == 0:
-            values = {name: float(value) for name, value in {**metrics, **self.meter.rates(self.device)}.items()}
+            rates = self.meter.rates(self.device)
+            if self._ranks is not None and "tokens_per_second" in rates:
+                rates["tokens_per_second"] = self._over_ranks(torch.as_tensor(rates["tokens_per_second"]))[0]
+            if self._sum is not None:
+                rates["reduced_mib"] = self._sum.sent_bytes / 2**20
+            values = {name: float(value) for name, value in {**metrics, **rates}.items()}
             for logger in self.loggers:
                 logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step - 1)
         if self._skips is not None:
@@ -352,6 +398,7 @@ class LiftLightningModule(pl.LightningModule):
         """Start the sums, in float32 and int64: a torchmetrics mean is cast with the module, and bfloat16 saturates."""
         self._val_total = torch.zeros((), dtype=torch.float32, device=self.device)
         self._val_weight = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._ranks = all_ranks()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Loss over the label tokens (or examples) of the whole validation set."""
@@ -361,7 +408,8 @@ class LiftLightningModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss`, and `val_perplexity` over tokens for a language model."""
-        mean = self._val_total / self._val_weight.clamp(min=1)
+        total, weight = self._over_ranks(self._val_total, self._val_weight)
+        mean = total / weight.clamp(min=1)
         self.log("val_loss", mean, prog_bar=True)
         if self.hparams.task == "causal_lm":
             self.log("val_perplexity", mean.exp())
@@ -370,6 +418,11 @@ class LiftLightningModule(pl.LightningModule):
 
     def on_test_start(self) -> None:
         """Open the prediction files' folder and load the tokenizer."""
+        if self.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"test generates answers in one process so far, the Trainer has {self.trainer.world_size}: set "
+                "trainer.devices=1, trainer.num_nodes=1 and trainer.strategy=auto"
+            )
         if self.hparams.task != "causal_lm":
             raise MisconfigurationException(
                 f"test generates answers, which task={self.hparams.task!r} does not do: use validate"
@@ -402,8 +455,10 @@ class LiftLightningModule(pl.LightningModule):
         A checkpoint that an exception asks for inside a micro-batch begins its next step anew: the gradients may hold a
         part of that micro-batch.
         """
-        if self._inside:
-            rank_zero_warn("a checkpoint is saved inside a micro-batch: the gradients of the step are left out")
+        under_way = self._ranks is not None and self._accumulated > 0  # each rank has a part of the gradients
+        if self._inside or under_way:
+            where = "inside a micro-batch" if self._inside else "between the micro-batches of a step"
+            rank_zero_warn(f"a checkpoint is saved {where}: the gradients of the step are left out")
             selection = checkpoint.get(SELECTION_KEY, {"optimizer": {"parameters": {}, "dense_grads": {}}})["optimizer"]
             selection["dense_grads"] = {}
             for tensors in selection["parameters"].values():
@@ -413,7 +468,7 @@ class LiftLightningModule(pl.LightningModule):
             "accumulated": self._accumulated,
             "weight": self._weight,
             "loss": self._loss,
-            "rng": rng_state(),
+            "rng": [rng_state()] if self._ranks is None else self._ranks.objects(rng_state()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.nn.parallel import DistributedDataParallel
 
 from lift_lightning.optimizer import SparseAdamW
+from lift_lightning.sharding import all_ranks
 
 OnNonfinite = Literal["warn", "raise"]
 
@@ -18,19 +20,53 @@ def refuse_unsupported(trainer: pl.Trainer) -> None:
     """Check the strategy and the precision of a Trainer that is about to fit, before it trains wrong in silence.
 
     Raises:
-        MisconfigurationException: naming the setting and the remedy, for strategies other than that of a single device
-            and for loss scaling.
+        MisconfigurationException: naming the setting and the remedy, for strategies other than a single device, DDP
+            and FSDP2, for tensor parallelism and for loss scaling.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
         raise MisconfigurationException(
-            f"LIFT trains on one device so far, the Trainer has {type(trainer.strategy).__name__} with "
-            f"{trainer.world_size} processes: set trainer.strategy=auto, trainer.devices=1 and trainer.num_nodes=1"
+            "FSDPStrategy is FSDP1, with which LIFT does not work yet (wrapped by Lightning under manual optimization, "
+            "it trains wrong without a word: gradients pile up from step to step): take FSDP2, "
+            "--config configs/strategies/fsdp2.yaml, or trainer.strategy=ddp"
+        )
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            f"LIFT works on a single device, with DDP and with FSDP2 (ModelParallelStrategy), the Trainer has "
+            f"{type(strategy).__name__}: set trainer.strategy to auto or ddp, or add "
+            "--config configs/strategies/fsdp2.yaml"
+        )
+    if isinstance(strategy, ModelParallelStrategy) and (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
+        raise MisconfigurationException(
+            f"the Trainer splits matrices by tensor parallelism over {size} devices, LIFT needs them in rows as FSDP2 "
+            f"splits them: set the strategy's data_parallel_size={trainer.world_size} and tensor_parallel_size=1"
         )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise MisconfigurationException(
             f"precision={trainer.precision!r} scales the loss, and the entries that LIFT gathers from the gradients "
             "would be scaled too: use precision='bf16-mixed', 'bf16-true' or '32-true'"
         )
+
+
+def leave_unwrapped(strategy: DDPStrategy) -> None:
+    """Let DDP start its processes but not wrap the model: its gradients are summed by `GradientSum`.
+
+    DistributedDataParallel would reduce, and keep buckets for, the dense gradients of which K entries are wanted. What
+    else it does, giving all ranks the parameters of the first, is done here.
+    """
+
+    def configure_ddp() -> None:
+        ranks = all_ranks()
+        if ranks is not None:
+            assert strategy.model is not None
+            ranks.broadcast_(strategy.model)
+
+    strategy.configure_ddp = configure_ddp
+
+
+def is_wrapped_by_ddp(trainer: pl.Trainer) -> bool:
+    """Whether DistributedDataParallel reduces the gradients, at the end of the backward pass."""
+    return isinstance(trainer.strategy.model, DistributedDataParallel)
 
 
 class SkipReporter:
