@@ -80,6 +80,7 @@ your_data = torch.utils.data.DataLoader(torch.randn(32, 16), batch_size=4)
 NOT_RUN = {
     "git clone <this repository> && cd lift-lightning": "needs a network; there is no address in it",
     "export LIFT_SMOLLM2_DIR=/path/to/SmolLM2-135M": "names a folder of the reader's",
+    "torchrun --nproc-per-node 2 examples/plug_in_fsdp2.py": "tests/test_examples.py runs it",
     "pip install -c constraints.txt -e .": "changes the environment of the tests; tests/test_packaging.py installs",
 }
 # make X is looked up in the Makefile, and not run: the tests are among its targets.

@@ -8,9 +8,14 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str, folder: Path) -> str:
+def run(name: str, folder: Path, *launcher: str) -> str:
     result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *launcher, str(EXAMPLES / name)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -26,4 +31,11 @@ def test_plug_in(tmp_path):
     output = run("plug_in.py", tmp_path)
     assert float(re.search(r"accuracy of the last batch: (\d+)%", output)[1]) > 80
     # 125 batches an epoch, two to a step: 63 steps, 252 in all; refreshes at 50, 100, 150, 200, 250.
+    assert re.findall(r"selected before step (\d+)", output) == ["1", "50", "100", "150", "200", "250"]
+
+
+def test_plug_in_under_fsdp2(tmp_path):
+    output = run("plug_in_fsdp2.py", tmp_path, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    assert float(re.search(r"accuracy of the last batch: (\d+)%", output)[1]) > 80
+    # 2000 rows, 16 on each of two ranks: 63 steps an epoch, 252 in all.
     assert re.findall(r"selected before step (\d+)", output) == ["1", "50", "100", "150", "200", "250"]

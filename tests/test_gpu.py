@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distributed_runs import SAVED, fit, work
 from oracles import assert_same_choice, low_rank, stable_top_k
-from tiny import tiny_llama
+from ranks import run_ranks
+from tiny import save_tiny_llama, tiny_llama, write_sums
 from torch import nn
 
 from lift_lightning import (
@@ -183,3 +185,19 @@ def test_copies_come_in_order_and_whole():
         del junk
         count += 1
     assert count == 8
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_two_devices_train_as_one(name, tmp_path):
+    """Weights and a resume, in float32 with nccl; the comparisons to 1e-9 are in test_distributed.py."""
+    inputs = {"model": save_tiny_llama(tmp_path / "model"), "rows": write_sums(tmp_path / "rows.json", rows=101)}
+    call = {**inputs, "dtype": torch.float32, "accelerator": "gpu"}
+    one = fit("single", 1, folder=None, **call)
+    saved = tmp_path / "saved"
+    (two, *_) = run_ranks(work, 2, tmp_path / "two", [{**call, "name": name, "folder": saved}])
+    file = saved / f"step={SAVED}.ckpt"
+    (again, *_) = run_ranks(work, 2, tmp_path / "again", [{**call, "name": name, "folder": None, "resume": file}])
+    for parameter, weight in one["weights"].items():
+        torch.testing.assert_close(two[0]["weights"][parameter].cpu(), weight.cpu(), rtol=0, atol=1e-3)
+        assert torch.equal(again[0]["weights"][parameter], two[0]["weights"][parameter])
