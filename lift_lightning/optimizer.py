@@ -236,8 +236,11 @@ class SparseAdamW(Optimizer):
         # Put there by hand, or by a backward without the hook.
         waiting = [parameter for parameter in self._sparse if parameter.grad is not None]
         side_by_side(lambda p: self._sparse[p].collect(p), waiting, at_once=_on_cpu(waiting))
-        found = {p: state.grad for p, state in self._sparse.items() if state.grad is not None}
-        return found | {p: local(p.grad) for p in self.dense_parameters() if p.grad is not None}
+        # In the order of the groups, whatever the order of their first selection: sums depend on it.
+        states = {p: self._sparse[p] for _, p, _ in self.sparse_parameters() if p in self._sparse}
+        found = {p: state.grad for p, state in states.items() if state.grad is not None}
+        whole = {p: p.grad for p in self.dense_parameters() if p.grad is not None}
+        return found | {p: grad if self._owned[p].group is None else local(grad) for p, grad in whole.items()}
 
     def set_gradient(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """Replace what `gradients_by_parameter` returned of a parameter that no ranks share."""
@@ -315,7 +318,8 @@ class SparseAdamW(Optimizer):
         self.attempted_steps += 1
         if not grads and self.split_over is None:
             return loss
-        known = self._norm is not None and self._norm[1] == _versions(grads)
+        # Ranks that share a parameter measure it together, or one would wait for another that need not.
+        known = self.split_over is None and self._norm is not None and self._norm[1] == _versions(grads)
         norm = self._norm[0] if self._norm is not None and known else self._total_norm()
         found_inf = (~torch.isfinite(norm)).to(torch.float32)
         self.skipped_steps = self.skipped_steps.to(found_inf.device) + found_inf
