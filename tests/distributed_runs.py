@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from foreign import Regression
-from fsspec.implementations.local import LocalFileOpener
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -86,42 +83,6 @@ class FirstMasks(pl.Callback):
         if step in (1, INTERVAL, 2 * INTERVAL) and step not in self.masks:
             saved = optimizer.sparse_state_dict()["parameters"]
             self.masks[step] = {name: tensors["indices"].long().clone() for name, tensors in saved.items()}
-
-
-class Dies(pl.Callback):
-    """Rank `rank` gets SIGKILL when step `step` begins."""
-
-    def __init__(self, rank: int, step: int) -> None:
-        self.rank, self.step = rank, step
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_rank == self.rank and trainer.global_step + 1 == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-class DiesWhileSaving(pl.Callback):
-    """Rank 0 gets SIGKILL when half of what it saves at the last step is written."""
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_rank or trainer.global_step < STEPS:
-            return
-
-        def half(opener: Any, content: bytes) -> None:
-            opener.f.write(content[: len(content) // 2])
-            opener.f.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        LocalFileOpener.write = half  # of a file, as Lightning writes it
-        torch.save = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)  # of a folder: what comes last
-        if not isinstance(trainer.strategy, FSDP2Strategy) or not trainer.strategy._save_distributed_checkpoint:
-            torch.save = SAVE
-
-
-SAVE = torch.save
 
 
 def fit(
@@ -235,8 +196,3 @@ def other_work(rank: int, ranks: int, name: str, inputs: dict[str, Path]) -> dic
     """What needs no checkpoint."""
     found = {"val_loss": validate(name, ranks, **inputs), "foreign": foreign(name, ranks, rank)}
     return {**found, "not finite": not_finite(rank, ranks, sharded=name == "fsdp2")}
-
-
-def killed_work(rank: int, ranks: int, call: dict[str, Any]) -> None:
-    """A run that does not come to its end."""
-    fit(ranks=ranks, **call)

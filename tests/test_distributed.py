@@ -15,11 +15,8 @@ from distributed_runs import (
     INTERVAL,
     SAVED,
     STEPS,
-    Dies,
-    DiesWhileSaving,
     fit,
     foreign,
-    killed_work,
     other_work,
     validate,
     work,
@@ -202,34 +199,3 @@ def test_an_error_on_one_rank_stops_all(runs: Runs, group: str):
     messages = [found["not finite"] for found in runs.everywhere[f"{group} other"]]
     assert all("DecompositionError" in m and "'2.weight'" in m and "NaN" in m for m in messages), messages
     assert sum("rank " in m for m in messages) == len(messages) - 1
-
-
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_a_rank_that_is_killed_leaves_a_checkpoint_to_go_on_from(runs: Runs, name: str, tmp_path: Path):
-    """SIGKILL in the middle of the second interval: the run goes on from the checkpoint of step 10."""
-    call = {"name": name, "folder": tmp_path, "dtype": torch.float64, **runs.inputs}
-    with pytest.raises(AssertionError):
-        run_ranks(killed_work, 2, tmp_path / "killed", {**call, "callback": Dies(rank=1, step=15)})
-    assert [file.name for file in sorted(tmp_path.glob("*.ckpt"))] == [f"step={SAVED}.ckpt"]
-    resumed = fit("single", 1, folder=None, dtype=torch.float64, resume=tmp_path / f"step={SAVED}.ckpt", **runs.inputs)
-    assert_close(resumed, runs.of["single"]["double"])
-
-
-@pytest.mark.parametrize("name", ["fsdp2", "fsdp2 folder"])
-def test_a_rank_that_is_killed_while_it_saves(runs: Runs, name: str, tmp_path: Path):
-    """A file is not there at all; a folder is refused by name; the checkpoint before is as good as ever."""
-    call = {"name": name, "folder": tmp_path, "dtype": torch.float64, **runs.inputs}
-    with pytest.raises(AssertionError):
-        run_ranks(killed_work, 2, tmp_path / "killed", {**call, "callback": DiesWhileSaving()})
-    before, half = tmp_path / f"step={SAVED}.ckpt", tmp_path / f"step={STEPS}.ckpt"
-    if name == "fsdp2":
-        assert not half.exists()
-    else:
-        assert half.is_dir()
-        with pytest.raises(
-            AssertionError, match=r"CheckpointError: .*step=20.ckpt' has no meta.pt: it was not written"
-        ):
-            run_ranks(killed_work, 2, tmp_path / "half", {**call, "folder": None, "resume": half})
-    call |= {"folder": None, "resume": before}
-    (found, _) = run_ranks(work, 2, tmp_path / "resumed", [call])
-    assert_close(found[0], runs.of["single"]["double"])
