@@ -19,8 +19,8 @@ from smollm2 import batches, load_model, load_tokens
 from torch import Tensor, nn
 
 RANK, QUICK_RANK = 32, 4
-# Sequences, tokens of each, repeats, gradient checkpointing. A step of the last takes a minute, and without
-# checkpointing more than 20 GiB; it has no goal.
+# Sequences, tokens of each, repeats, gradient checkpointing. A step of the last takes a minute, and was killed
+# for memory (24 GiB, other work beside it) without checkpointing; it has no goal.
 SIZES = ((4, 128, 7, False), (4, 512, 5, False), (16, 512, 1, True))
 QUICK_SIZES = ((2, 16, 2, False), (4, 16, 2, True))
 RIVALS = {"lora": "LoRA", "full": "full fine-tuning"}

@@ -93,14 +93,13 @@ def fit(
     folder: Path | None,
     dtype: torch.dtype,
     resume: Path | None = None,
-    callback: pl.Callback | None = None,
     accelerator: str = "cpu",
 ) -> dict[str, Any]:
     """One run; saves a checkpoint at step SAVED into `folder`."""
     torch.set_default_dtype(dtype)
     pl.seed_everything(1, verbose=False)
     masks, refresh = FirstMasks(), refresh_of()
-    callbacks = [refresh, masks] if callback is None else [refresh, masks, callback]
+    callbacks = [refresh, masks]
     if folder is not None:
         callbacks.append(StepCheckpoint(folder, filename="{step}", every_n_train_steps=SAVED, save_top_k=-1))
     trainer, module = trainer_of(name, ranks, *callbacks, accelerator=accelerator), module_of(model)
