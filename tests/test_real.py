@@ -37,7 +37,8 @@ def test_masks_of_real_weights_against_float64_svd(name, lra_rank):
     assert differing <= 1e-4 * ours.numel()
     chosen_by_size = select(weight, replace(config, solver="auto"))
     assert torch.isin(chosen_by_size.indices, ours).double().mean() >= 1 - 2 * DEFAULT_TOLERANCE
-    assert chosen_by_size.solved[0].solver == ("exact" if "k_proj" in name else "subspace")
+    # 192 x 576, of which rank 128 would leave the subspace solver nothing to save.
+    assert chosen_by_size.solved[0].solver == ("exact" if "k_proj" in name and lra_rank == 128 else "subspace")
 
 
 def test_fit_on_real_data_trains_and_refreshes(tmp_path):
