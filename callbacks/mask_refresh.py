@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich.console import Console
@@ -16,9 +17,9 @@ from lift_lightning.errors import ConfigError
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.refresh import Bases, RefreshReport, gathered_bases, own_bases, refresh_masks
 from lift_lightning.selection import SelectionConfig
-from lift_lightning.sharding import ranks_of
+from lift_lightning.sharding import owned, ranks_of
 from lift_lightning.summary import parameter_summary, summary_table
-from lift_lightning.support import OnNonfinite, SkipReporter, is_wrapped_by_ddp, refuse_unsupported
+from lift_lightning.support import OnNonfinite, SkipReporter, follow_wrapping, is_wrapped_by_ddp, refuse_unsupported
 
 CHECKPOINT_KEY = "lift_lightning"
 
@@ -90,6 +91,8 @@ class MaskRefreshCallback(pl.Callback):
         """Refuse what would train wrong in silence."""
         if stage == "fit":
             refuse_unsupported(trainer)
+            if isinstance(trainer.strategy, FSDPStrategy):
+                follow_wrapping(trainer.strategy, pl_module)
             self._forget()  # before a checkpoint is read
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -198,8 +201,8 @@ class MaskRefreshCallback(pl.Callback):
             optimizer.remove_hooks()  # they would take the gradients before they are reduced
         else:
             optimizer.attach_hooks()  # gone if it has been through a fit
-        entries = sum(p.numel() for _, p, _ in optimizer.sparse_parameters())
-        self._resolved = self.config.of_targets(entries, sum(p.numel() for p in pl_module.parameters()))
+        entries = sum(owned(p).numel for _, p, _ in optimizer.sparse_parameters())
+        self._resolved = self.config.of_targets(entries, sum(owned(p).numel for p in pl_module.parameters()))
         if self._restored:
             optimizer.load_sparse_state_dict(self._restored["optimizer"])
             self._bases = own_bases(optimizer, self._resolved, self._restored["bases"])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -38,6 +38,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from lift_lightning.weight_files import WeightFiles
 
 ModelTask = Literal["causal_lm", "sequence_classification"]
 
@@ -106,14 +108,11 @@ def load_model(
     if num_labels is not None and (task == "causal_lm" or num_labels < 1):
         raise ValueError(f"num_labels must be at least 1 and is for sequence_classification only, got {num_labels}")
     name = os.fspath(model_name_or_path)
-    location, local_only = _locate("model", name, revision, needs="config.json")
-    where = {"revision": revision or "main", "local_files_only": local_only, "trust_remote_code": False}
-    config = _load_config(name, location, where, {} if num_labels is None else {"num_labels": num_labels})
-    auto_class = _AUTO_CLASSES[task]
-    if type(config) not in auto_class._model_mapping:
-        raise _unavailable("model", name, f"transformers has no {task} class for model type {config.model_type!r}")
+    location, where, config = _find_model(
+        name, task, revision, {} if num_labels is None else {"num_labels": num_labels}
+    )
     try:
-        model, info = auto_class.from_pretrained(
+        model, info = _AUTO_CLASSES[task].from_pretrained(
             location,
             config=config,
             dtype=torch.get_default_dtype() if dtype is None else dtype,
@@ -129,6 +128,67 @@ def load_model(
         model.config.pad_token_id = _find_pad_token_id(name, revision, config)
     model.train()  # from_pretrained leaves evaluation mode on, in which dropout would be silently off
     return LoadedModel(model, new)
+
+
+def load_empty_model(
+    model_name_or_path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, WeightFiles]:
+    """A language model as `load_model` gives it, whose parameters are on the meta device, and the files of its weights.
+
+    Buffers are there: those that are in no checkpoint, such as rotary frequencies, are computed when a model is made.
+
+    Args:
+        model_name_or_path: a folder written by `save_pretrained`, or a hub id.
+        dtype: of the weights; None takes `torch.get_default_dtype()`.
+        revision: branch, tag or commit on the hub.
+        attn_implementation: as in `load_model`.
+
+    Raises:
+        ModelUnavailableError: if there is no such model, or it cannot be reached.
+        WeightLayoutError: if the weights are not in safetensors, one by one under the names of the model's parameters:
+            only `load_model` can load it.
+    """
+    name = os.fspath(model_name_or_path)
+    location, _, config = _find_model(name, "causal_lm", revision, {})
+    folder = Path(location)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(location, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+    files = WeightFiles(folder)
+    # Written into the config by from_config; None leaves the choice to transformers, as in from_pretrained.
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _parameters_on_meta():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.get_default_dtype() if dtype is None else dtype, **attention
+        )
+    files.match(model)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.train()
+    return model, files
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules that are made inside have their buffers, but parameters without memory.
+
+    A device context would take the buffers to the meta device as well.
+    """
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is already is tied to another
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -271,6 +331,18 @@ def _locate(kind: str, name: str, revision: str | None, *, needs: str) -> tuple[
             return str(Path(cached).parent), True
         reason = f"there is no such folder, and as a hub id: {_hub_reason(error, revision)}"
         raise _unavailable(kind, name, reason, gated=isinstance(error, GatedRepoError)) from error
+
+
+def _find_model(
+    name: str, task: ModelTask, revision: str | None, changes: dict[str, Any]
+) -> tuple[str, dict[str, Any], Any]:
+    """What to hand to `from_pretrained`, how, and the config with some values changed."""
+    location, local_only = _locate("model", name, revision, needs="config.json")
+    where = {"revision": revision or "main", "local_files_only": local_only, "trust_remote_code": False}
+    config = _load_config(name, location, where, changes)
+    if type(config) not in _AUTO_CLASSES[task]._model_mapping:
+        raise _unavailable("model", name, f"transformers has no {task} class for model type {config.model_type!r}")
+    return location, where, config
 
 
 def _hub_reason(error: Exception, revision: str | None) -> str:

@@ -7,11 +7,11 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich.console import Console
@@ -26,15 +26,16 @@ from lift_lightning.evaluation.generation import GenerationSettings, generate
 from lift_lightning.evaluation.recorder import AnswerRecorder, summary_table
 from lift_lightning.evaluation.scoring import GenericKind
 from lift_lightning.losses import SummedLoss, causal_lm_loss, classification_loss
-from lift_lightning.models import ModelTask, keep_buffer_dtypes, load_model, load_tokenizer
+from lift_lightning.models import ModelTask, keep_buffer_dtypes, load_empty_model, load_model, load_tokenizer
 from lift_lightning.monitoring import StepMeter
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.param_groups import build_param_groups
 from lift_lightning.reduction import GradientSum
 from lift_lightning.rng import rng_state, set_rng_state
-from lift_lightning.sharding import Ranks, all_ranks, fully_shard_model
-from lift_lightning.strategies import FSDP2Strategy  # noqa: F401  # so that the Trainer knows its name
+from lift_lightning.sharding import Ranks, all_ranks, allocate, flatten_model, fully_shard_model
+from lift_lightning.strategies import mixed_precision_of  # and with it the strategies that the Trainer finds by name
 from lift_lightning.support import CountOptimizerSteps, SkipReporter, leave_unwrapped, refuse_unsupported
+from lift_lightning.weight_files import WeightFiles, WeightLayoutError
 
 CHECKPOINT_KEY = "lift_lightning_module"
 
@@ -161,22 +162,67 @@ class LiftLightningModule(pl.LightningModule):
         """Load the model, once, in the precision that the Trainer asks for."""
         if self.model is not None:
             return
+        files = None
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            files = self._make_empty_model()
+        if files is None:
+            self._load_whole_model()
+        if self.hparams.gradient_checkpointing:
+            # Earlier versions of transformers 5 have it under the older name only.
+            model = self.hf_model
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        if self._trainer is not None:
+            self._shard()
+        if files is not None:
+            allocate(self.hf_model, self.trainer.strategy.root_device)
+            files.fill(self.hf_model)
+            files.close()
+
+    def _load_whole_model(self) -> None:
         hparams = self.hparams
-        model, self.new_parameters = load_model(
+        self.model, self.new_parameters = load_model(
             hparams.model_name_or_path,
             task=hparams.task,
             num_labels=hparams.num_labels,
             revision=hparams.revision,
             attn_implementation=hparams.attn_implementation,
         )
-        if hparams.gradient_checkpointing:
-            # Earlier versions of transformers 5 have it under the older name only.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        self.model = model
-        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            mesh = self.device_mesh["data_parallel"]
-            fully_shard_model(model, mesh, list(model._no_split_modules or ()), self.trainer.precision)
+
+    def _make_empty_model(self) -> WeightFiles | None:
+        """The model without weights, and where each process reads its part of them; None if it cannot be done so."""
+        hparams = self.hparams
+        reason = f"the task is {hparams.task}"
+        if hparams.task == "causal_lm":
+            try:
+                self.model, files = load_empty_model(
+                    hparams.model_name_or_path,
+                    revision=hparams.revision,
+                    attn_implementation=hparams.attn_implementation,
+                )
+                return files
+            except WeightLayoutError as error:
+                reason = str(error)
+        rank_zero_info(f"each process loads all weights before the model is split, since {reason}")
+        return None
+
+    def _shard(self) -> None:
+        """Split the model over the ranks, if that is the strategy: block by block, and not as a part of this module."""
+        strategy, blocks = self.trainer.strategy, list(self.hf_model._no_split_modules or ())
+        if isinstance(strategy, ModelParallelStrategy):
+            fully_shard_model(self.hf_model, self.device_mesh["data_parallel"], blocks, self.trainer.precision)
+        elif isinstance(strategy, FSDPStrategy):
+            self.param_groups()  # freezes: for what is frozen when it is flattened no gradients are kept
+            wrapped = flatten_model(
+                self.hf_model,
+                blocks,
+                device=strategy.root_device,
+                mixed_precision=mixed_precision_of(strategy),
+                sharding_strategy=strategy.sharding_strategy,
+                cpu_offload=strategy.cpu_offload,
+                **strategy.kwargs,
+            )
+            self.model = cast(PreTrainedModel, wrapped)  # whose attributes it passes on
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiftLightningModule:
         # A Trainer in bf16-true casts buffers as well, and rotary frequencies in bfloat16 are another model.
@@ -352,7 +398,7 @@ class LiftLightningModule(pl.LightningModule):
         if self._sum is not None:
             self._sum.finish()
         elif self._ranks is not None:
-            scale *= self._ranks.size  # FSDP2 takes the mean over the ranks, which may have different weights
+            scale *= self._ranks.size  # FSDP takes the mean over the ranks, which may have different weights
         optimizer.scale_grads_(scale)
         clip = self.hparams.gradient_clip_val
         norm = optimizer.clip_grad_norm_(float("inf") if clip is None else clip)
@@ -410,18 +456,19 @@ class LiftLightningModule(pl.LightningModule):
         """Log `val_loss`, and `val_perplexity` over tokens for a language model."""
         total, weight = self._over_ranks(self._val_total, self._val_weight)
         mean = total / weight.clamp(min=1)
-        self.log("val_loss", mean, prog_bar=True)
+        # sync_dist changes nothing, all ranks have the same by now, and keeps Lightning from recommending it.
+        self.log("val_loss", mean, prog_bar=True, sync_dist=True)
         if self.hparams.task == "causal_lm":
-            self.log("val_perplexity", mean.exp())
+            self.log("val_perplexity", mean.exp(), sync_dist=True)
 
     # ---------------------------------------------------------------- test
 
     def on_test_start(self) -> None:
         """Open the prediction files' folder and load the tokenizer."""
-        if self.trainer.world_size > 1:
+        if isinstance(self.trainer.strategy, FSDPStrategy):
             raise MisconfigurationException(
-                f"test generates answers in one process so far, the Trainer has {self.trainer.world_size}: set "
-                "trainer.devices=1, trainer.num_nodes=1 and trainer.strategy=auto"
+                "test generates answers, which a model wrapped by FSDP1 does not do: set trainer.strategy to fsdp2, "
+                "ddp or auto, which read the same checkpoints"
             )
         if self.hparams.task != "causal_lm":
             raise MisconfigurationException(
@@ -430,20 +477,33 @@ class LiftLightningModule(pl.LightningModule):
         beside = self.trainer.log_dir or self.trainer.default_root_dir
         folder = Path(self.hparams.predictions_dir or Path(beside) / "predictions")
         self._recorder = AnswerRecorder(folder, self.hparams.unknown_tasks)
+        self._ranks = all_ranks()
         self._tokenizer = load_tokenizer(self.model_name_or_path, self.hparams.revision)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Generate answers to one left-padded batch of prompts and score them."""
         settings = GenerationSettings(self.hparams.num_beams, self.hparams.max_new_tokens)
-        texts = generate(self.hf_model, self._tokenizer, batch["input_ids"], batch["attention_mask"], settings)
-        self._recorder.record(batch["rows"], texts)
+        prompts = batch["input_ids"], batch["attention_mask"]
+        in_step = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        texts = generate(self.hf_model, self._tokenizer, *prompts, settings, in_step=in_step)
+        self._record(list(zip(batch["rows"], texts, strict=True)))
+
+    def _record(self, answers: list[tuple[dict[str, Any] | None, str]]) -> None:
+        """On the first rank those of all, in the order of the file."""
+        if self._ranks is None:
+            self._recorder.record(*zip(*answers, strict=True))
+            return
+        turns = zip(*self._ranks.objects(answers), strict=True)
+        found = [(row, text) for turn in turns for row, text in turn if row is not None]
+        if found:
+            self._ranks.on_first(lambda: self._recorder.record(*zip(*found, strict=True)))
 
     def on_test_epoch_end(self) -> None:
         """Log each task's accuracy by both rules, and print them as a table."""
-        summaries = self._recorder.finish()
+        summaries = self._recorder.finish() if self._ranks is None else self._ranks.on_first(self._recorder.finish)
         for task, found in summaries.items():
-            self.log(f"test_{task}_paper", found.accuracy_paper)
-            self.log(f"test_{task}_strict", found.accuracy_strict)
+            self.log(f"test_{task}_paper", found.accuracy_paper, sync_dist=True)
+            self.log(f"test_{task}_strict", found.accuracy_strict, sync_dist=True)
         if self.trainer.is_global_zero:
             Console().print(summary_table(summaries, self._recorder.folder))
 

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lift_lightning import indices as layout
 from lift_lightning.errors import ConfigError
 from lift_lightning.functional import adamw_update
-from lift_lightning.sharding import Owned, Ranks, local, owned, ranks_of, total_norm
+from lift_lightning.sharding import Owned, Ranks, is_absent, local, owned, ranks_of, step_shape, total_norm
 from lift_lightning.sparse_state import SparseState, working_dtype
 from lift_lightning.threads import side_by_side
 
@@ -112,14 +112,13 @@ class SparseAdamW(Optimizer):
             self._names[parameter] = name
             self._owned[parameter] = owned(parameter)
             _drop_earlier_hook(parameter)
-            state = self.state[parameter]
-            # Of FSDP2's parameters torch saves and loads vectors only.
-            shape = () if self._owned[parameter].group is None else (1,)
-            state["step"] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-            if not group["sparse"]:
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            else:
+            if not is_absent(parameter):
+                state = self.state[parameter]
+                state["step"] = torch.zeros(step_shape(parameter), dtype=torch.float32, device=parameter.device)
+                if not group["sparse"]:
+                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            if group["sparse"]:
                 layout.flat_view(local(parameter))  # raises where there is none, before anything was changed
                 if self.release_gradients:
                     self._hook(parameter)
@@ -173,8 +172,8 @@ class SparseAdamW(Optimizer):
         """
         if not any(parameter is p for _, p, _ in self.sparse_parameters()):
             raise ValueError("the parameter is in no sparse group of this optimizer")
-        layout.check_indices(indices, parameter.numel(), self._names[parameter])
         mine = self._owned[parameter]
+        layout.check_indices(indices, mine.numel, self._names[parameter])
         if mine.group is not None:
             indices = indices[layout.slice_for_shard(indices, mine.start, mine.stop)] - mine.start
         if parameter in self._sparse:
@@ -368,8 +367,8 @@ class SparseAdamW(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of indices, moments, masters and accumulators, and of the dense groups' moments."""
-        dense = [local(self.state[p][key]) for p in self.dense_parameters() for key in ("exp_avg", "exp_avg_sq")]
-        dense_bytes = sum(moment.nbytes for moment in dense)
+        dense = [self.state[p] for p in self.dense_parameters() if p in self.state]
+        dense_bytes = sum(local(state[key]).nbytes for state in dense for key in ("exp_avg", "exp_avg_sq"))
         return dense_bytes + sum(s.nbytes(p) for p, s in self._sparse.items())
 
     def sparse_state_dict(self) -> dict[str, Any]:
@@ -381,9 +380,9 @@ class SparseAdamW(Optimizer):
         Where parameters are split over ranks, each has to call this. The vectors are those of the whole parameters,
         with indices into these, and only rank 0 of them gets any; gradients of a step that is under way are left out.
         """
-        if not self._spent:
-            self.gradients()  # collects those that no hook has taken
         with_grads = not self._spent and self.split_over is None
+        if with_grads:
+            self.gradients()  # collects those that no hook has taken
         parameters = {}
         for name, parameter, _ in self.sparse_parameters():
             if self.is_selected(parameter):
@@ -401,7 +400,7 @@ class SparseAdamW(Optimizer):
         mine = self._owned[parameter]
         if mine.group is None or self.split_over is None:
             return tensors
-        wide = layout.index_dtype(parameter.numel())
+        wide = layout.index_dtype(mine.numel)
         tensors = {**tensors, "indices": tensors["indices"].to(wide) + mine.start}
         gathered = {key: self.split_over.gather(vector) for key, vector in tensors.items()}
         return {key: vector for key, vector in gathered.items() if vector is not None}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lift_lightning.errors import ConfigError
+from lift_lightning.sharding import note_flattened, owned
 
 # Where the gate and the up matrix that share one parameter lie in it, along its last two axes.
 Halves = Literal["rows", "columns", "interleaved_rows", "interleaved_columns"]
@@ -55,7 +56,7 @@ class Target:
 
     Attributes:
         name: cleaned name of the parameter.
-        parameter: (M, N), or (E, M, N) for fused experts.
+        parameter: (M, N), or (E, M, N) for fused experts; a vector of this rank's entries under FSDP1.
         halves: how two matrices share it, None where it is one matrix (per expert).
     """
 
@@ -71,6 +72,7 @@ def clean_name(name: str) -> str:
 
 def find_targets(model: nn.Module) -> list[Target]:
     """Every weight matrix of the model that can be trained sparsely, tied ones once, in the model's order."""
+    note_flattened(model)
     found: dict[int, Target] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for name, parameter, halves in _matrices_of(module_name, module):
@@ -83,11 +85,12 @@ def find_targets(model: nn.Module) -> list[Target]:
 def _matrices_of(module_name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Halves | None]]:
     if isinstance(module, nn.Linear | Conv1D):
         # A quantised layer keeps its weight packed in integers: there is nothing to train in it.
-        if isinstance(module.weight, nn.Parameter) and module.weight.is_floating_point() and module.weight.ndim == 2:
-            yield "weight", module.weight, "rows" if module_name.endswith("gate_up_proj") else None
+        weight = module.weight
+        if isinstance(weight, nn.Parameter) and weight.is_floating_point() and len(owned(weight).shape) == 2:
+            yield "weight", weight, "rows" if module_name.endswith("gate_up_proj") else None
     elif "Experts" in type(module).__name__ or hasattr(module, "num_experts"):
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and parameter.is_floating_point():
+            if parameter.is_floating_point() and len(owned(parameter).shape) == 3:
                 yield name, parameter, _expert_halves(module, name, parameter)
 
 
@@ -96,7 +99,7 @@ def _expert_halves(module: nn.Module, name: str, parameter: nn.Parameter) -> Hal
     if "gate_up" not in name or not getattr(module, "has_gate", True):
         return None
     hidden = getattr(module, "hidden_size", None) or getattr(module, "hidden_dim", None)
-    transposed = getattr(module, "is_transposed", hidden is not None and parameter.shape[2] != hidden)
+    transposed = getattr(module, "is_transposed", hidden is not None and owned(parameter).shape[2] != hidden)
     axis: Literal["rows", "columns"] = "columns" if transposed else "rows"
     if getattr(module, "is_concatenated", True):
         return axis

@@ -127,7 +127,7 @@ def refresh_masks(
     return RefreshReport(
         seconds=time.perf_counter() - started,
         selected=selected,
-        entries=sum(parameter.numel() for _, parameter, _ in parameters),
+        entries=sum(job.owned.numel for job in jobs),
         overlap=stayed / selected if before else None,
         unreduced=sum(job.unreduced(config) for job in jobs) if config.criterion == "lift" else 0,
         solvers=dict(Counter(one.solver for one in solved)),
@@ -145,12 +145,12 @@ def own_bases(optimizer: SparseAdamW, config: SelectionConfig, bases: Bases) -> 
         return bases
     mine = {
         (u.parameter, u.block)
-        for u in assign(units_of([p.shape for _, p, _ in parameters], config), ranks.size)[ranks.rank]
+        for u in assign(units_of([owned(p).shape for _, p, _ in parameters], config), ranks.size)[ranks.rank]
     }
     kept: Bases = {}
     for i, (name, parameter, _) in enumerate(parameters):
-        theirs = bases.get(name, [])
-        each = len(theirs) // (parameter.shape[0] if parameter.ndim == 3 else 1)
+        theirs, shape = bases.get(name, []), owned(parameter).shape
+        each = len(theirs) // (shape[0] if len(shape) == 3 else 1)
         kept[name] = [basis if (i, j // each) in mine else None for j, basis in enumerate(theirs)]
     return kept
 
@@ -165,7 +165,7 @@ def gathered_bases(ranks: Ranks, optimizer: SparseAdamW, bases: Bases) -> Bases:
     """
     gathered: Bases = {}
     for name, parameter, group in optimizer.sparse_parameters():
-        views = matrix_views(torch.empty(parameter.shape, device="meta"), group["halves"])
+        views = matrix_views(torch.empty(owned(parameter).shape, device="meta"), group["halves"])
         mine = bases.get(name) or [None] * len(views)
         gathered[name] = []
         for view, basis in zip(views, mine, strict=True):

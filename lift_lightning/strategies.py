@@ -1,4 +1,4 @@
-"""FSDP2 as a strategy of its own, which a Trainer finds by the name `fsdp2`."""
+"""FSDP2 and FSDP1 as strategies of their own, which a Trainer finds by the names `fsdp2` and `fsdp1`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,51 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lift_lightning.errors import CheckpointError
-from lift_lightning.sharding import load_whole_states
+from lift_lightning.sharding import (
+    all_ranks,
+    flatten_model,
+    has_flattened,
+    load_whole_states,
+    whole_optimizer_state,
+    whole_weights,
+)
+
+# In the folder of a checkpoint in parts, what is not weights or optimizer state; it is written last.
+META_FILE = "meta.pt"
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class ReadsAllCheckpoints(ParallelStrategy):
+    """What the strategies here add to Lightning's: each resumes from the checkpoints of any."""
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Of a file, whichever strategy wrote it, or of a folder that this one wrote.
+
+        Raises:
+            CheckpointError: if a folder is not whole, as after a process was killed while it saved.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_file():
+            check_folder(path)
+            return super().load_checkpoint(path, weights_only)
+        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        assert self.model is not None
+        assert self.lightning_module is not None
+        states = checkpoint["optimizer_states"] if self.optimizers else []
+        load_whole_states(
+            self.model,
+            checkpoint.pop("state_dict"),
+            list(zip(self.optimizers, states, strict=True)),
+            strict=self.lightning_module.strict_loading,
+        )
+        return checkpoint
+
+
+class FSDP2Strategy(ReadsAllCheckpoints, ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` for FSDP2 over all devices of all nodes.
 
     Lightning's own default shards over the nodes only and splits matrices within them, so that on one node nothing is
@@ -47,38 +85,73 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Of a file, whichever strategy wrote it, or of a folder that this one wrote.
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Under the name that configurations use."""
+        strategy_registry.register("fsdp2", cls, description="FSDP2 over all devices", override=True)
 
-        Raises:
-            CheckpointError: if a folder is not whole, as after a process was killed while it saved.
-        """
-        path = Path(self.broadcast(checkpoint_path))
-        if not path.is_file():
-            _check_folder(path)
-            return super().load_checkpoint(path, weights_only)
-        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
-        assert self.model is not None
-        assert self.lightning_module is not None
-        states = checkpoint["optimizer_states"] if self.optimizers else []
-        load_whole_states(
-            self.model,
-            checkpoint.pop("state_dict"),
-            list(zip(self.optimizers, states, strict=True)),
-            strict=self.lightning_module.strict_loading,
+
+class FSDP1Strategy(ReadsAllCheckpoints, FSDPStrategy):
+    """Lightning's `FSDPStrategy`, with checkpoints that every strategy reads and writes.
+
+    FSDP1 is the older FSDP of torch; take `FSDP2Strategy` for what is new. Beside the checkpoints, this one also runs
+    on the CPU, and leaves the dtype of buffers alone under a lower precision. Its arguments are those of
+    `FSDPStrategy`: with `state_dict_type="sharded"` each rank writes its part into a folder.
+    """
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        if has_flattened(model):
+            return super()._setup_model(model)
+        flattened = flatten_model(
+            model,
+            (),
+            device=self.root_device,
+            mixed_precision=mixed_precision_of(self),
+            sharding_strategy=self.sharding_strategy,
+            cpu_offload=self.cpu_offload,
+            **self.kwargs,
         )
-        return checkpoint
+        return super()._setup_model(flattened)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole tensors on rank 0, or the parts of each rank."""
+        assert self.model is not None
+        return super().lightning_module_state_dict() if self._sharded() else whole_weights(self.model)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """The same of an optimizer."""
+        plain = getattr(optimizer, "_optimizer", optimizer)  # without Lightning's wrapper
+        return super().optimizer_state(plain) if self._sharded() else whole_optimizer_state(plain, all_ranks())
+
+    def _sharded(self) -> bool:
+        return self._state_dict_type == "sharded"
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Under the name that configurations use."""
-        strategy_registry.register("fsdp2", cls, description="FSDP2 over all devices")
+        strategy_registry.register("fsdp1", cls, description="FSDP1 over all devices", override=True)
 
 
-def _check_folder(path: Path) -> None:
+def mixed_precision_of(strategy: FSDPStrategy) -> Any:
+    """What FSDP1 is to compute in; None leaves it at the dtype of the weights.
+
+    Lightning has FSDP1 cast to float32 under `32-true`, which is not nothing where the default dtype is another.
+    """
+    if strategy.mixed_precision is None and not strategy.precision_plugin.precision.endswith("mixed"):
+        return None
+    return strategy.mixed_precision_config
+
+
+def check_folder(path: Path) -> None:
+    """Of a checkpoint that ranks wrote in parts.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        CheckpointError: if what is written last is missing.
+    """
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
-    missing = [name for name in (".metadata", "meta.pt") if not (path / name).is_file()]
+        raise FileNotFoundError(f"there is no checkpoint folder {str(path)!r}")
+    missing = [name for name in (".metadata", META_FILE) if not (path / name).is_file()]
     if missing:
         raise CheckpointError(
             f"the checkpoint folder {str(path)!r} has no {' and no '.join(missing)}: it was not written to its end; "
@@ -86,5 +159,5 @@ def _check_folder(path: Path) -> None:
         )
 
 
-if "fsdp2" not in StrategyRegistry.available_strategies():
-    FSDP2Strategy.register_strategies(StrategyRegistry)
+for _strategy in (FSDP1Strategy, FSDP2Strategy):
+    _strategy.register_strategies(StrategyRegistry)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.param_groups import clean_name
+from lift_lightning.sharding import owned
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ def parameter_summary(model: nn.Module, optimizer: SparseAdamW) -> list[SummaryR
     if optimizer.split_over is not None:
         optimizer.split_over.sum_(counts)
     trained = {id(p): ("sparse", count) for p, count in zip(sparse, counts.tolist(), strict=True)}
-    trained |= {id(p): ("dense", p.numel()) for p in optimizer.dense_parameters()}
+    trained |= {id(p): ("dense", owned(p).numel) for p in optimizer.dense_parameters()}
     rows: dict[tuple[str, str], SummaryRow] = {}
     for name, parameter in model.named_parameters():
         kind, count = trained.get(id(parameter), ("frozen", 0))
         starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", clean_name(name))
         row = rows.get((kind, starred), SummaryRow(starred, kind, 0, 0, 0))
         rows[kind, starred] = SummaryRow(
-            starred, kind, row.tensors + 1, row.entries + parameter.numel(), row.trained + count
+            starred, kind, row.tensors + 1, row.entries + owned(parameter).numel, row.trained + count
         )
     return sorted(rows.values(), key=lambda row: ("sparse", "dense", "frozen").index(row.kind))
 

@@ -8,10 +8,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lift_lightning.optimizer import SparseAdamW
-from lift_lightning.sharding import all_ranks
+from lift_lightning.sharding import all_ranks, is_flattened, note_flattened
 
 OnNonfinite = Literal["warn", "raise"]
 
@@ -20,20 +22,14 @@ def refuse_unsupported(trainer: pl.Trainer) -> None:
     """Check the strategy and the precision of a Trainer that is about to fit, before it trains wrong in silence.
 
     Raises:
-        MisconfigurationException: naming the setting and the remedy, for strategies other than a single device, DDP
-            and FSDP2, for tensor parallelism and for loss scaling.
+        MisconfigurationException: naming the setting and the remedy, for strategies other than a single device, DDP,
+            FSDP2 and FSDP1, for tensor parallelism and for loss scaling.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy):
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, FSDPStrategy)):
         raise MisconfigurationException(
-            "FSDPStrategy is FSDP1, with which LIFT does not work yet (wrapped by Lightning under manual optimization, "
-            "it trains wrong without a word: gradients pile up from step to step): take FSDP2, "
-            "--config configs/strategies/fsdp2.yaml, or trainer.strategy=ddp"
-        )
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
-        raise MisconfigurationException(
-            f"LIFT works on a single device, with DDP and with FSDP2 (ModelParallelStrategy), the Trainer has "
-            f"{type(strategy).__name__}: set trainer.strategy to auto or ddp, or add "
+            f"LIFT works on a single device, with DDP, with FSDP2 (ModelParallelStrategy) and with FSDP1 "
+            f"(FSDPStrategy), the Trainer has {type(strategy).__name__}: set trainer.strategy to auto or ddp, or add "
             "--config configs/strategies/fsdp2.yaml"
         )
     if isinstance(strategy, ModelParallelStrategy) and (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
@@ -62,6 +58,36 @@ def leave_unwrapped(strategy: DDPStrategy) -> None:
             ranks.broadcast_(strategy.model)
 
     strategy.configure_ddp = configure_ddp
+
+
+def follow_wrapping(strategy: FSDPStrategy, pl_module: pl.LightningModule) -> None:
+    """Know where FSDP1 will put the parameters, and refuse that it wraps the root under manual optimization.
+
+    Strategies wrap between two hooks, and call `configure_optimizers` right after, so that there is no other place.
+    Lightning refuses to clip by norm under FSDP1, where `MaskRefreshCallback` has done so already: it is let pass.
+    """
+    wrap = type(strategy)._setup_model.__get__(strategy)
+    plugin = strategy.precision_plugin
+    refuse_to_clip = type(plugin).clip_grad_by_norm.__get__(plugin)
+
+    def _setup_model(model: nn.Module) -> nn.Module:
+        wrapped: nn.Module = wrap(model)
+        if is_flattened(wrapped) and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(strategy).__name__} has wrapped all of {type(pl_module).__name__}, which optimizes manually: "
+                "its training_step would run inside the forward pass of FSDP1, which never comes to the end of its "
+                "backward, and gradients would pile up from step to step without a word. Wrap the model inside in "
+                "configure_model, as LiftLightningModule does, or use FSDP2: --config configs/strategies/fsdp2.yaml"
+            )
+        note_flattened(wrapped)
+        return wrapped
+
+    def clip_grad_by_norm(optimizer: Optimizer, clip_val: float) -> None:
+        if not isinstance(getattr(optimizer, "_optimizer", optimizer), SparseAdamW):
+            refuse_to_clip(optimizer, clip_val)
+
+    strategy._setup_model = _setup_model
+    plugin.clip_grad_by_norm = clip_grad_by_norm
 
 
 def is_wrapped_by_ddp(trainer: pl.Trainer) -> bool:

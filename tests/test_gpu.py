@@ -188,7 +188,7 @@ def test_copies_come_in_order_and_whole():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp1", "fsdp plain", "fsdp2"])
 def test_two_devices_train_as_one(name, tmp_path):
     """Weights and a resume, in float32 with nccl; the comparisons to 1e-9 are in test_distributed.py."""
     inputs = {"model": save_tiny_llama(tmp_path / "model"), "rows": write_sums(tmp_path / "rows.json", rows=101)}

@@ -10,7 +10,6 @@ from foreign import MaskedDense, Regression, fit, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lift_lightning import SelectionConfig, SparseAdamW, build_param_groups
@@ -186,18 +185,6 @@ def test_steps_that_are_not_finite_are_skipped_and_reported(what):
 def test_loss_scaling_is_refused_with_the_remedy():
     with pytest.raises(MisconfigurationException, match="bf16-mixed"):
         fit(Regression(), MaskRefreshCallback(**RANK), plugins=[MixedPrecision("16-mixed", "cpu")])
-
-
-def test_fsdp1_is_refused_with_the_remedy():
-    """Wrapped by Lightning under manual optimization its gradients pile up from step to step."""
-
-    class Several:
-        strategy = FSDPStrategy()
-        world_size = 2
-        precision_plugin = None
-
-    with pytest.raises(MisconfigurationException, match=r"FSDP1.*configs/strategies/fsdp2.yaml"):
-        MaskRefreshCallback(**RANK).setup(Several(), Regression(), "fit")
 
 
 def test_a_strategy_that_is_not_known_is_refused():

@@ -1,83 +1,23 @@
-"""One view of a parameter under every way of distributing it, and all communication between ranks.
+"""The processes that train one model, and all that they tell each other.
 
-The only file that knows torch.distributed. Whatever the strategy, a rank owns one contiguous flat range of each
-parameter: all of it on a single device and under DDP, some rows of it under FSDP2. Collectives are called by every rank
-in the same order; an error on one of them is raised on all.
+Collectives are called by every rank in the same order; an error on one of them is raised on all.
 
-Letters: W ranks; K selected entries of one parameter; M, N rows and columns of a matrix.
+Letters: W ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lift_lightning.errors import ConfigError
+from lift_lightning.sharding.owned import owned
 
-
-@dataclass(frozen=True)
-class Owned:
-    """Where this rank's entries of a parameter lie in the whole.
-
-    Attributes:
-        shape: of the whole parameter.
-        start: first flat index that is here.
-        stop: the one after the last; equal to `start` where this rank has none.
-        group: of the ranks that the parameter is split over; None where all of it is here.
-    """
-
-    shape: torch.Size
-    start: int
-    stop: int
-    group: dist.ProcessGroup | None = None
-
-    @property
-    def numel(self) -> int:
-        """Entries of the whole parameter."""
-        return self.shape.numel()
-
-
-def owned(parameter: Tensor) -> Owned:
-    """Which entries of the parameter this rank has.
-
-    Raises:
-        ConfigError: if they are not one contiguous range of rows, as under tensor parallelism.
-    """
-    if not isinstance(parameter, DTensor):
-        return Owned(parameter.shape, 0, parameter.numel())
-    mesh, placements = parameter.device_mesh, parameter.placements
-    split = [i for i, placement in enumerate(placements) if placement != Replicate()]
-    if not split:
-        return Owned(parameter.shape, 0, parameter.numel())
-    if len(split) > 1 or placements[split[0]] != Shard(0):
-        raise ConfigError(
-            f"a parameter of shape {tuple(parameter.shape)} is laid out as {placements}: LIFT trains parameters that "
-            "are split into contiguous rows over one dimension of the mesh, as fully_shard does, and not by tensor "
-            "parallelism"
-        )
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-    row = parameter.shape[1:].numel()
-    start = min(offset[0] * row, parameter.numel())
-    return Owned(parameter.shape, start, start + torch.Size(shape).numel(), mesh.get_group(split[0]))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank has of a parameter or gradient: a plain tensor that shares its memory."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+T = TypeVar("T")
 
 
 class Ranks:
@@ -153,6 +93,22 @@ class Ranks:
                 kind, message = met
                 raise kind(f"rank {rank}: {message}")
 
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on all; what it raises there is raised on all.
+
+        Args:
+            work: rank 0 alone calls it; its result must be picklable.
+        """
+        result, met = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as error:  # any: the other ranks must not wait for this one
+                met = error
+        self.raise_together(met)
+        found: T = self.objects(result)[0]
+        return found
+
     def broadcast_(self, module: nn.Module) -> None:
         """Parameters and buffers of rank 0, on all."""
         for tensor in [*module.parameters(), *module.buffers()]:
@@ -182,30 +138,6 @@ def ranks_of(parameters: Sequence[Tensor]) -> Ranks | None:
     return all_ranks()
 
 
-def fully_shard_model(model: nn.Module, mesh: DeviceMesh, blocks: Sequence[str], precision: str) -> None:
-    """FSDP2: one unit for each block and one for the rest.
-
-    Args:
-        model: on any device.
-        mesh: one-dimensional.
-        blocks: class names of the blocks, of transformers: the model's `_no_split_modules`.
-        precision: the Trainer's. Gradients of bfloat16 are summed over the ranks in float32.
-
-    Raises:
-        ConfigError: if the model has none of the blocks.
-    """
-    found = [module for module in model.modules() if type(module).__name__ in blocks]
-    if not found:
-        raise ConfigError(f"{type(model).__name__} has none of the blocks {list(blocks)} to shard it by")
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
-        reduce_dtype=torch.float32 if precision.startswith("bf16") else None,
-    )
-    for block in found:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
 def total_norm(whole: list[Tensor], split: list[Tensor], ranks: Ranks | None, device: torch.device) -> Tensor:
     """0-dim 2-norm over tensors of which each rank has all, and others of which each has a part.
 
@@ -224,40 +156,6 @@ def total_norm(whole: list[Tensor], split: list[Tensor], ranks: Ranks | None, de
     if whole:
         squares += torch.nn.utils.get_total_norm(whole).double().square()
     return squares.sqrt()
-
-
-def load_whole_states(
-    model: nn.Module,
-    weights: dict[str, Any],
-    optimizers: Sequence[tuple[torch.optim.Optimizer, dict[str, Any]]],
-    *,
-    strict: bool,
-) -> None:
-    """Give each rank its part of a checkpoint that holds whole tensors, whichever strategy wrote it.
-
-    Args:
-        model: sharded.
-        weights: its state dict; every rank has it.
-        optimizers: each with the state dict that it, or that of an unsharded model, saved. Parameters are found by
-            their place in the groups: numbers mean one thing to torch's own optimizers and another to FSDP's.
-        strict: every weight must be there, and no other.
-    """
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=strict))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for optimizer, saved in optimizers:
-        groups: list[dict[str, Any]] = []
-        named: dict[Any, str] = {}
-        for theirs, mine in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-            group = [names[id(parameter)] for parameter in mine["params"]]
-            named.update(zip(theirs["params"], group, strict=True))
-            groups.append({**theirs, "params": group})
-        state = {named[key]: values for key, values in saved["state"].items()}
-        # One step counts for a parameter whichever shape its counter has.
-        steps = {names[id(p)]: p_state["step"] for p, p_state in optimizer.state.items()}
-        for name, values in state.items():
-            state[name] = {**values, "step": values["step"].reshape(steps[name].shape)}
-        options = StateDictOptions(full_state_dict=True, strict=strict)
-        set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
 
 
 class VectorSum:
