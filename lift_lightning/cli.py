@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lift_lightning.callbacks import MaskRefreshCallback
+from lift_lightning.consolidate import consolidate
 from lift_lightning.datamodules import SFTDataModule
 from lift_lightning.datamodules.base import DEFAULT_SEED
 from lift_lightning.datamodules.rows import DataError
@@ -23,6 +24,7 @@ from lift_lightning.evaluation.scoring import is_known
 from lift_lightning.export import export
 from lift_lightning.models import ModelUnavailableError
 from lift_lightning.module import LiftLightningModule
+from lift_lightning.strategies import ReadsAllCheckpoints
 
 # What a user can mend, said in one line; everything else keeps its traceback.
 USER_ERRORS = (
@@ -35,6 +37,8 @@ USER_ERRORS = (
     ModelUnavailableError,
 )
 
+TOOLS: dict[str, Callable[..., Path]] = {"export": export, "consolidate": consolidate}
+
 USAGE = """\
 usage: {prog} COMMAND [--config FILE ...] [--section.option VALUE ...]
 
@@ -44,6 +48,7 @@ commands:
   test       generate answers to test sets and score them
   run        fit, then test the trained weights
   export     write a checkpoint as a Hugging Face folder
+  consolidate  make one file of a checkpoint folder that several devices wrote
 
 sections of a configuration: model (what is trained, and how), data, lift (the selection), trainer (Lightning's).
 
@@ -74,6 +79,12 @@ class LiftCLI(LightningCLI):
                 data.tokenizer_revision = model.revision
         if given.get("seed") is None and not isinstance(seed, bool):
             data.seed = seed
+        path = config.get("ckpt_path")
+        if path and Path(path).is_dir() and not isinstance(self.trainer.strategy, ReadsAllCheckpoints):
+            raise CheckpointError(
+                f"{path!r} is a folder that several devices wrote in parts, which only the strategies fsdp1 and fsdp2 "
+                f"read: make one file of it first, {_prog()} consolidate --ckpt_path {path} --output {path}.whole"
+            )
 
     def before_test(self) -> None:
         """Find out before the work whether it can be done; under `run`, before the training."""
@@ -158,9 +169,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _dispatch(command: str, rest: list[str]) -> None:
-    if command == "export":
-        folder = jsonargparse.auto_cli(export, args=rest, as_positional=False, prog=f"{_prog()} export")
-        print(f"wrote {folder}")
+    if command in TOOLS:
+        written = jsonargparse.auto_cli(TOOLS[command], args=rest, as_positional=False, prog=f"{_prog()} {command}")
+        print(f"wrote {written}")
     elif command in ("fit", "validate", "test", "run"):
         # LightningCLI warns of arguments that are handed over while the process has some of its own.
         sys.argv[1:] = ["fit" if command == "run" else command, *rest]

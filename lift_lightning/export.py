@@ -34,7 +34,7 @@ def export(
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        CheckpointError: if the file is no checkpoint of `LiftLightningModule`.
+        CheckpointError: if it is a folder, or no checkpoint of `LiftLightningModule`.
         FileExistsError: if the folder may not be written, see `check_export_folder`.
         ModelUnavailableError: if the model's config or the tokenizer cannot be loaded.
     """
@@ -64,6 +64,11 @@ def export(
 
 def _weights_dtype(ckpt_path: str) -> torch.dtype:
     path = Path(ckpt_path)
+    if path.is_dir():
+        raise CheckpointError(
+            f"{ckpt_path!r} is a folder that several devices wrote in parts: make one file of it first, "
+            f"python main.py consolidate --ckpt_path {ckpt_path} --output {ckpt_path}.whole"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {ckpt_path!r}")
     try:

@@ -80,6 +80,9 @@ your_data = torch.utils.data.DataLoader(torch.randn(32, 16), batch_size=4)
 NOT_RUN = {
     "git clone <this repository> && cd lift-lightning": "needs a network; there is no address in it",
     "export LIFT_SMOLLM2_DIR=/path/to/SmolLM2-135M": "names a folder of the reader's",
+    "python main.py consolidate --ckpt_path runs/70b/step=400.ckpt --output runs/70b/step=400-whole.ckpt": (
+        "tests/test_distributed.py makes such a folder and consolidates it"
+    ),
     "torchrun --nproc-per-node 2 examples/plug_in_fsdp2.py": "tests/test_examples.py runs it",
     "pip install -c constraints.txt -e .": "changes the environment of the tests; tests/test_packaging.py installs",
 }
