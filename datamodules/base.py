@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from lift_lightning.datamodules.rows import (
     read_rows,
     split_rows,
 )
-from lift_lightning.datamodules.shards import EvaluationShard
+from lift_lightning.datamodules.shards import EvaluationShard, without_answer, without_labels
 from lift_lightning.datamodules.tokenise import encode_cached
 from lift_lightning.prompts import choose_pad_id, encode_prompt, render_prompt
 
@@ -214,19 +215,20 @@ class SFTDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """In file order. On several devices the ranks take turns; a row that fills up the last turn has no labels."""
         dataset = self._ready(self.val_dataset, "validate")
-        if len(dataset) and self.trainer is not None and self.trainer.world_size > 1:
-            dataset = EvaluationShard(dataset, self.trainer.world_size, self.trainer.global_rank)
-        return self._eval_loader(dataset, self._collate_training()) if len(dataset) else []
+        return self._eval_loader(dataset, self._collate_training(), without_labels) if len(dataset) else []
 
     def test_dataloader(self) -> list[DataLoader]:
-        """One loader per task, in the order of `test_tasks`."""
+        """One loader per task, in the order of `test_tasks`. On several devices the ranks take turns here too; what
+        fills up the last turn has None for its `row`."""
         if not self.test_files:
             raise DataError(
                 "there is nothing to test on: set --data.test_path to a file with instruction, input and answer"
             )
         tasks = self._ready(self._test_rows, "test")
         collate = partial(collate_test, pad_token_id=self.pad_token_id)
-        return [self._eval_loader(self._encode_test(task, rows), collate) for task, rows in tasks.items()]
+        return [
+            self._eval_loader(self._encode_test(task, rows), collate, without_answer) for task, rows in tasks.items()
+        ]
 
     @property
     def test_tasks(self) -> list[str]:
@@ -337,7 +339,9 @@ class SFTDataModule(LightningDataModule):
     def _collate_training(self) -> Any:
         return partial(pad_batch, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
 
-    def _eval_loader(self, dataset: Any, collate: Any) -> DataLoader:
+    def _eval_loader(self, dataset: Any, collate: Any, blank: Callable[..., Any]) -> DataLoader:
+        if self.trainer is not None and self.trainer.world_size > 1:
+            dataset = EvaluationShard(dataset, self.trainer.world_size, self.trainer.global_rank, blank)
         # A generator of its own: without one, every iterator draws its workers' seed from the global one.
         generator = torch.Generator().manual_seed(self.seed)
         # Of one rank, whatever there are: Lightning would replace any other sampler by one that repeats rows.

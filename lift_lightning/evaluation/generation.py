@@ -45,6 +45,8 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor,
     settings: GenerationSettings | None = None,
+    *,
+    in_step: bool = False,
 ) -> list[str]:
     """Complete each prompt of a left-padded batch.
 
@@ -58,6 +60,7 @@ def generate(
         input_ids: (B, P) int64, padded on the left.
         attention_mask: (B, P), 1 where there is a token.
         settings: None means the paper's.
+        in_step: other ranks share the weights, as under FSDP2, and generate at the same time: go on until all are done.
 
     Returns:
         B texts, without the prompt, without special tokens.
@@ -72,7 +75,9 @@ def generate(
     config = _generation_config(model, tokenizer, settings or GenerationSettings())
     with _ready_to_generate(model, config):
         # Causal models inherit `generate` from a mixin that their base class does not declare.
-        output = cast(Any, model).generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+        output = cast(Any, model).generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=config, synced_gpus=in_step
+        )
     ends = set(config.eos_token_id)
     completions = (_until_end(row, ends) for row in output[:, input_ids.shape[1] :].tolist())
     return [
