@@ -4,6 +4,25 @@ if not __name__.startswith("lift_lightning."):
     )
 
 from lift_lightning.datamodules.base import SFTDataModule
+from lift_lightning.datamodules.chat import ChatDataModule
+from lift_lightning.datamodules.instruction import (
+    AlpacaDataModule,
+    Commonsense170KDataModule,
+    GSM8KDataModule,
+    InstructionDataModule,
+    StrategyQADataModule,
+)
 from lift_lightning.datamodules.math10k import Math10KDataModule
+from lift_lightning.datamodules.s1k import S1KDataModule
 
-__all__ = ["Math10KDataModule", "SFTDataModule"]
+__all__ = [
+    "AlpacaDataModule",
+    "ChatDataModule",
+    "Commonsense170KDataModule",
+    "GSM8KDataModule",
+    "InstructionDataModule",
+    "Math10KDataModule",
+    "S1KDataModule",
+    "SFTDataModule",
+    "StrategyQADataModule",
+]

@@ -30,7 +30,7 @@ from lift_lightning.datamodules.rows import (
 )
 from lift_lightning.datamodules.shards import EvaluationShard, without_answer, without_labels
 from lift_lightning.datamodules.tokenise import encode_cached
-from lift_lightning.prompts import choose_pad_id, encode_prompt, render_prompt
+from lift_lightning.prompts import choose_pad_id, encode_example, encode_prompt, render_prompt
 
 if TYPE_CHECKING:
     import datasets
@@ -82,6 +82,8 @@ class SFTDataModule(LightningDataModule):
         seed: Seed of the held-out rows and of the order of training; on the command line seed_everything if not given,
             else 43.
         revision: Branch, tag or commit of a hub dataset.
+        subset: Configuration of a hub dataset that has several.
+        group_by_length: Put rows of about the same length into a batch, so that little of it is padding.
         tokenizer_revision: Branch, tag or commit of a hub tokenizer; on the command line model.revision with the
             model's tokenizer.
         pad_token: Token to pad with; default: the tokenizer's, else its EOS.
@@ -92,6 +94,7 @@ class SFTDataModule(LightningDataModule):
         pad_to_multiple_of: Round the length of every training batch up to a multiple of this.
     """
 
+    notices: tuple[str, ...] = ()  # what a user of the set has to be told: licences, tests that are not clean
     columns = Columns()
     test_columns = Columns(text=("instruction",), optional=("input", "output"), needs_answer=True)
 
@@ -114,6 +117,8 @@ class SFTDataModule(LightningDataModule):
         test_limit: int | None = None,
         skip_empty: bool = False,
         pad_to_multiple_of: int | None = None,
+        subset: str | None = None,
+        group_by_length: bool = False,
     ) -> None:
         super().__init__()
         at_least_one = {"batch_size": batch_size, "max_length": max_length, "eval_batch_size": eval_batch_size}
@@ -133,6 +138,8 @@ class SFTDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = DEFAULT_SEED if seed is None else seed
         self.revision = revision
+        self.subset = subset
+        self.group_by_length = group_by_length
         self.tokenizer_revision = tokenizer_revision
         self.pad_token = pad_token
         self.cache_dir = cache_dir
@@ -152,11 +159,20 @@ class SFTDataModule(LightningDataModule):
         """The raw rows of the training data or of one test set."""
         if split == "test":
             return read_rows(path, split, option="--data.test_path")
-        return read_rows(path, split, revision=self.revision)
+        return read_rows(path, split, revision=self.revision, subset=self.subset)
 
     def to_example(self, row: Row) -> tuple[str, str]:
         """Prompt and target of a checked row. Of a test row only the prompt is used."""
         return render_prompt(row["instruction"], row["input"]), row["output"]
+
+    def check(self, rows: Rows) -> Rows:
+        """The training rows, if every one has what `columns` asks for."""
+        return check_rows(rows, self.columns)
+
+    def encode(self, rows: list[Row]) -> datasets.Dataset:
+        """Ids and labels of checked rows, in their order."""
+        examples = [self.to_example(row) for row in rows]
+        return encode_cached(examples, encode_example, self._ready_tokenizer(), self.max_length, self.cache_dir)
 
     def question(self, row: Row) -> str:
         """The part of a row by which a copy of it is recognised in another file."""
@@ -177,15 +193,17 @@ class SFTDataModule(LightningDataModule):
             self._setup_training()
 
     def train_dataloader(self) -> ResumableDataLoader:
-        trainer = self.trainer
+        trainer, dataset = self.trainer, self._ready(self.train_dataset, "fit")
+        lengths = [min(n, self.max_length) for n in dataset["full_length"]] if self.group_by_length else None
         self._train_loader = ResumableDataLoader(
-            self._ready(self.train_dataset, "fit"),
+            dataset,
             batch_size=self.batch_size,
             seed=self.seed,
             num_replicas=trainer.world_size if trainer is not None else 1,
             rank=trainer.global_rank if trainer is not None else 0,
             num_workers=self.num_workers,
             collate_fn=self._collate_training(),
+            lengths=lengths,
             current_epoch=partial(mended_epoch, trainer) if trainer is not None else None,
         )
         state, self._loader_state = self._loader_state, None  # a state that is refused must not be met again
@@ -268,11 +286,10 @@ class SFTDataModule(LightningDataModule):
             raise DataError("the tokenizer has no EOS token, so no answer can be ended: set its eos_token")
         read = self.read(self.path, "train")
         self.check_source(read)
-        rows = check_rows(drop_empty(read, self.columns) if self.skip_empty else read, self.columns)
+        rows = self.check(drop_empty(read, self.columns) if self.skip_empty else read)
         train, val = split_rows(len(rows), self.val_size, self.seed, self.max_samples)
         used = sorted(train + val)
-        examples = [self.to_example(rows.rows[i]) for i in used]
-        encoded = encode_cached(examples, tokenizer, self.max_length, self.cache_dir)
+        encoded = self.encode([rows.rows[i] for i in used])
         position = {row: i for i, row in enumerate(used)}
         parts = ([position[row] for row in train], [position[row] for row in val])
         self._keep_labelled(encoded, parts, rows=len(rows), empty=len(read) - len(rows))
@@ -283,8 +300,9 @@ class SFTDataModule(LightningDataModule):
         self, encoded: datasets.Dataset, parts: tuple[list[int], list[int]], rows: int, empty: int
     ) -> None:
         """Of the training and validation part select the rows with a label left, and report."""
-        heads, lengths, cut = (list(encoded[name]) for name in ("prompt_length", "full_length", "truncated"))
-        kept = [[i for i in part if heads[i] < self.max_length] for part in parts]
+        heads, lengths = list(encoded["prompt_length"]), list(encoded["full_length"])
+        cut, trained = list(encoded["truncated"]), list(encoded["label_length"])
+        kept = [[i for i in part if trained[i]] for part in parts]
         everything = kept[0] + kept[1]
         if not kept[0]:
             raise DataError(
@@ -301,9 +319,10 @@ class SFTDataModule(LightningDataModule):
             max_length=self.max_length,
             tokens=sum(min(lengths[i], self.max_length) for i in everything),
             longest=max(lengths),
-            label_tokens=sum(min(lengths[i], self.max_length) - heads[i] for i in everything),
+            label_tokens=sum(trained[i] for i in everything),
         )
-        rank_zero_info(f"{self.path}: {self.report}")
+        for told in (self.report, *self.notices):
+            rank_zero_info(f"{self.path}: {told}")
         self.train_dataset, self.val_dataset = (encoded.select(part) for part in kept)
 
     def _setup_test(self) -> None:

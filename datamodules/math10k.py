@@ -56,6 +56,12 @@ class Math10KDataModule(SFTDataModule):
         **kwargs: As for `SFTDataModule`.
     """
 
+    notices = (
+        "made from the training sets of GSM8K, MAWPS and AQuA, its answers written by ChatGPT, whose provider's terms "
+        "apply; AddSub, MultiArith and SingleEq overlap with MAWPS's training set: report the mean of gsm8k, AQuA and "
+        "SVAMP beside the mean of all seven tests",
+    )
+
     def __init__(
         self,
         path: str = "lmms-lab/Math10K",

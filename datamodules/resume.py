@@ -14,13 +14,16 @@ loops shape this file (Lightning 2.6, `fit_loop.py` and `training_epoch_loop.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from lift_lightning.datamodules.rows import DataError
+
+# Batches of like lengths are drawn from pools of so many: more pad less, fewer leave more to chance.
+_POOL_BATCHES = 50
 
 
 def mended_epoch(trainer: Any) -> int:
@@ -60,13 +63,25 @@ class EpochSampler(DistributedSampler):
         seed: Seed of all permutations.
         num_replicas: Number of ranks.
         rank: This rank, from 0.
+        lengths: Of the samples; where they are given, samples of one batch are of about the same length.
+        together: Samples of a batch, over all ranks.
     """
 
     def __init__(
-        self, dataset: Sized, *, shuffle: bool = True, seed: int = 0, num_replicas: int = 1, rank: int = 0
+        self,
+        dataset: Sized,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        lengths: Sequence[int] | None = None,
+        together: int = 1,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.start = 0
+        self.lengths = lengths
+        self.together = together
 
     def __iter__(self) -> Iterator[int]:
         """This rank's sample numbers, from `start` on. `len()` stays that of the whole epoch: Lightning counts "
@@ -77,11 +92,25 @@ class EpochSampler(DistributedSampler):
             # resume. Seeds and epochs are mixed, else epoch 1 of seed 43 would be epoch 0 of seed 44.
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
             order = torch.randperm(size, generator=generator).tolist()
+            if self.lengths is not None:
+                order = self._grouped(order, generator)
         else:
             order = list(range(size))
         while len(order) < self.total_size:
             order += order[: self.total_size - len(order)]
         return iter(order[self.rank : self.total_size : self.num_replicas][self.start :])
+
+    def _grouped(self, order: list[int], generator: torch.Generator) -> list[int]:
+        """Batches of like lengths from pools of the permutation, in any order; what fills no batch comes last."""
+        assert self.lengths is not None
+        pool = _POOL_BATCHES * self.together
+        whole = len(order) - len(order) % self.together
+        batches: list[list[int]] = []
+        for first in range(0, whole, pool):
+            by_length = sorted(order[first : min(first + pool, whole)], key=self.lengths.__getitem__)
+            batches += [by_length[i : i + self.together] for i in range(0, len(by_length), self.together)]
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        return [sample for batch in shuffled for sample in batches[batch]] + order[whole:]
 
 
 class ResumableDataLoader(DataLoader):
@@ -100,6 +129,7 @@ class ResumableDataLoader(DataLoader):
         sampler: Not for users. Lightning rebuilds loaders with a sampler of its own
             (`Trainer(overfit_batches=...)`) together
             with the `shuffle` it wants; ours obeys `shuffle`, keeps its shard, and stays resumable.
+        lengths: Of the samples, to make batches of about the same length; default: batches are drawn at random.
         current_epoch: Tells the epoch when its first batch is drawn; default: as set on the sampler, or counted here.
         **kwargs: As for `DataLoader`: `collate_fn`, `num_workers`, ...
     """
@@ -114,6 +144,7 @@ class ResumableDataLoader(DataLoader):
         num_replicas: int = 1,
         rank: int = 0,
         sampler: Sampler | None = None,
+        lengths: Sequence[int] | None = None,
         current_epoch: Callable[[], int] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -123,10 +154,19 @@ class ResumableDataLoader(DataLoader):
             )
         # Lightning reads these attributes when it rebuilds a loader.
         self.shuffle, self.seed, self.num_replicas, self.rank = shuffle, seed, num_replicas, rank
+        self.lengths = lengths
         self.current_epoch = current_epoch
         self._position = (0, 0)  # epoch, batches handed out in it
         self._restored = False
-        order = EpochSampler(dataset, shuffle=shuffle, seed=seed, num_replicas=num_replicas, rank=rank)  # type: ignore[arg-type]
+        order = EpochSampler(
+            dataset,  # type: ignore[arg-type]
+            shuffle=shuffle,
+            seed=seed,
+            num_replicas=num_replicas,
+            rank=rank,
+            lengths=lengths,
+            together=batch_size * num_replicas,
+        )
         # Without a generator every iterator would draw the workers' base seed from the global one.
         kwargs["generator"] = torch.Generator().manual_seed(seed % 2**63)
         super().__init__(dataset, batch_size=batch_size, sampler=order, **kwargs)
@@ -189,4 +229,5 @@ class ResumableDataLoader(DataLoader):
             "samples_per_global_batch": self._samples_per_batch() * self.num_replicas,
             "seed": self.seed,
             "shuffle": int(self.shuffle),
+            "group_by_length": int(self.lengths is not None),
         }

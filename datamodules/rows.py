@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,14 @@ class Rows:
         return Rows(self.source, [self.rows[i] for i in indices], [self.places[i] for i in indices])
 
 
-def read_rows(path: str, split: str = "train", *, revision: str | None = None, option: str = "--data.path") -> Rows:
+def read_rows(
+    path: str,
+    split: str = "train",
+    *,
+    revision: str | None = None,
+    subset: str | None = None,
+    option: str = "--data.path",
+) -> Rows:
     """All rows of a file, a folder or a dataset on the hub.
 
     A path that exists, or that can only be a local one (`looks_local`), is never looked up on the hub.
@@ -75,6 +82,7 @@ def read_rows(path: str, split: str = "train", *, revision: str | None = None, o
         path: `.json` (a list of objects), `.jsonl`, `.parquet`, a folder with one of these, or a hub id.
         split: Name of the split: which file of a folder, which split on the hub.
         revision: Branch, tag or commit on the hub.
+        subset: Configuration of a dataset on the hub that has several.
         option: Command line option that sets the path, for messages.
 
     Raises:
@@ -88,7 +96,7 @@ def read_rows(path: str, split: str = "train", *, revision: str | None = None, o
                 rows.rows.append(row)
                 rows.places.append((f"{file}, {'line' if file.suffix.lower() == '.jsonl' else 'row'}", number))
     else:
-        rows = _read_hub(path, split, revision, option)
+        rows = _read_hub(path, split, revision, subset, option)
     if not rows.rows:
         raise DataError(f"{path} has no rows: give {option} a file with at least one")
     return rows
@@ -194,11 +202,11 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
 _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _read_hub(path: str, split: str, revision: str | None, option: str) -> Rows:
+def _read_hub(path: str, split: str, revision: str | None, subset: str | None, option: str) -> Rows:
     import datasets
 
     try:
-        data = datasets.load_dataset(path, split=split, revision=revision)
+        data = datasets.load_dataset(path, subset, split=split, revision=revision)
     except Exception as err:  # the hub client raises many kinds: offline, not found, gated, no such split
         reason = (str(err).splitlines() or [""])[0]
         raise DataError(
@@ -217,6 +225,23 @@ def check_rows(rows: Rows, columns: Columns) -> Rows:
     """
     checked = [_check_row(row, i, rows, columns) for i, row in enumerate(rows.rows)]
     return Rows(rows.source, checked, rows.places)
+
+
+def converted(rows: Rows, convert: Callable[[Row, str], Row]) -> Rows:
+    """Each row as `convert` makes it, which is told where the row stands."""
+    return Rows(rows.source, [convert(row, rows.where(i)) for i, row in enumerate(rows.rows)], rows.places)
+
+
+def get_text(row: Row, name: str, where: str) -> str:
+    """The text in a column of a raw row.
+
+    Raises:
+        DataError: There is no such column, or something else in it.
+    """
+    value = _get(row, name, where)
+    if not isinstance(value, str):
+        raise DataError(f"{where}, column {name!r} is {_describe(value)}; it must be text")
+    return value
 
 
 def drop_empty(rows: Rows, columns: Columns) -> Rows:
@@ -274,9 +299,7 @@ def _is_blank(value: Any) -> bool:
 def _check_row(row: Row, i: int, rows: Rows, columns: Columns) -> Row:
     out = {}
     for name in columns.text:
-        value = _get(row, name, i, rows)
-        if not isinstance(value, str):
-            raise DataError(f"{rows.where(i)}, column {name!r} is {_describe(value)}; it must be text")
+        value = get_text(row, name, rows.where(i))
         if _is_blank(value):
             raise DataError(
                 f"{rows.where(i)}, column {name!r} is empty ({value!r}): fill it in, remove the row, or set "
@@ -284,22 +307,21 @@ def _check_row(row: Row, i: int, rows: Rows, columns: Columns) -> Row:
             )
         out[name] = value
     for name in columns.optional:
-        value = row.get(name)
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"{rows.where(i)}, column {name!r} is {_describe(value)}; it must be text, or left out")
-        out[name] = value or ""
+        given = row.get(name)
+        if given is not None and not isinstance(given, str):
+            raise DataError(f"{rows.where(i)}, column {name!r} is {_describe(given)}; it must be text, or left out")
+        out[name] = given or ""
     if columns.answer is not None:
         if columns.needs_answer:
-            _get(row, columns.answer, i, rows)
+            _get(row, columns.answer, rows.where(i))
         out[columns.answer] = _answer(row.get(columns.answer), i, rows, columns)
     return out
 
 
-def _get(row: Row, name: str, i: int, rows: Rows) -> Any:
+def _get(row: Row, name: str, where: str) -> Any:
     if name not in row:
         raise DataError(
-            f"{rows.where(i)} has no column {name!r}; it has: {', '.join(map(repr, row)) or 'none'}. Add or rename "
-            "the column"
+            f"{where} has no column {name!r}; it has: {', '.join(map(repr, row)) or 'none'}. Add or rename the column"
         )
     return row[name]
 

@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lift_lightning.prompts import PROMPT_VERSION, encode_example, tokenizer_hash
+from lift_lightning.prompts import PROMPT_VERSION, EncodedExample, tokenizer_hash
 
 if TYPE_CHECKING:
     import datasets
 
 
 def encode_cached(
-    examples: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int, cache_dir: str | None = None
+    examples: Sequence[Sequence[Any]],
+    encode: Callable[..., EncodedExample],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    cache_dir: str | None = None,
 ) -> datasets.Dataset:
-    """Tokenise prompts and targets, or read the result of an earlier run from the cache.
+    """Tokenise examples, or read the result of an earlier run from the cache.
 
     The name of the cache file is a hash of all that the ids depend on: the texts, the tokenizer's content,
-    `max_length`, and the version of the encoding. Nothing else has to be invalidated.
+    `max_length`, the encoding and its version. Nothing else has to be invalidated.
+
+    Args:
+        examples: For each the arguments of `encode` between the tokenizer and `max_length`; as JSON has them.
+        encode: `encode_example` or `encode_turns`.
+        tokenizer: Of the model.
+        max_length: Most ids of an example.
+        cache_dir: Default: a folder in the cache of Hugging Face datasets.
     """
     import datasets  # slow to import, and not every command needs it
 
-    content = json.dumps([PROMPT_VERSION, max_length, tokenizer_hash(tokenizer), examples])
-    key = hashlib.sha256(content.encode()).hexdigest()[:32]
-    folder = Path(cache_dir).expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "lift_lightning"
-    folder.mkdir(parents=True, exist_ok=True)
     number = datasets.Value("int32")
     schema = {"input_ids": datasets.List(number), "labels": datasets.List(number), "truncated": datasets.Value("bool")}
-    schema |= {"prompt_length": number, "full_length": number}
-    return datasets.Dataset.from_dict({"prompt": [p for p, _ in examples], "target": [t for _, t in examples]}).map(
-        partial(_encode_row, tokenizer=tokenizer, max_length=max_length),
-        remove_columns=["prompt", "target"],
+    schema |= {"prompt_length": number, "full_length": number, "label_length": number}
+    texts = [json.dumps(example) for example in examples]
+    what = [PROMPT_VERSION, encode.__name__, list(schema), max_length, tokenizer_hash(tokenizer), texts]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    folder = Path(cache_dir).expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "lift_lightning"
+    folder.mkdir(parents=True, exist_ok=True)
+    return datasets.Dataset.from_dict({"example": texts}).map(
+        partial(_encode_row, encode=encode, tokenizer=tokenizer, max_length=max_length),
+        remove_columns=["example"],
         features=datasets.Features(schema),
         cache_file_name=str(folder / f"tokenised-{key}.arrow"),
         load_from_cache_file=True,
@@ -44,5 +57,7 @@ def encode_cached(
     )
 
 
-def _encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
-    return vars(encode_example(tokenizer, row["prompt"], row["target"], max_length))
+def _encode_row(
+    row: dict[str, Any], encode: Callable[..., EncodedExample], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, Any]:
+    return vars(encode(tokenizer, *json.loads(row["example"]), max_length))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class EncodedExample:
         truncated: The tail of the target, its EOS included, was cut away.
         prompt_length: Tokens of the prompt, BOS included, before any cut.
         full_length: Tokens of prompt, target and EOS, before any cut.
+        label_length: Ids with a label.
     """
 
     input_ids: list[int]
@@ -35,6 +37,7 @@ class EncodedExample:
     truncated: bool
     prompt_length: int
     full_length: int
+    label_length: int
 
 
 def render_prompt(instruction: str, input: str = "") -> str:
@@ -85,9 +88,34 @@ def encode_example(tokenizer: Any, prompt: str, target: str, max_length: int) ->
     head = encode_prompt(tokenizer, prompt)
     # The EOS is a label like any other token; nothing is masked by comparing ids with pad, which may be the EOS itself.
     tail = [*tokenizer(target, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
-    ids = head + tail
-    labels = [IGNORE_INDEX] * len(head) + tail
-    return EncodedExample(ids[:max_length], labels[:max_length], len(ids) > max_length, len(head), len(ids))
+    return _cut([(head, False), (tail, True)], max_length)
+
+
+def encode_turns(tokenizer: Any, turns: Sequence[tuple[str, bool]], max_length: int) -> EncodedExample:
+    """Ids and labels of a conversation that was rendered with all its marks, beginnings and ends; nothing is added.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        turns: Texts one after the other, each with whether the loss is on it.
+        max_length: Most ids to keep.
+
+    Raises:
+        ValueError: If `max_length` is below 1.
+    """
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    parts = [(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, trained) for text, trained in turns]
+    return _cut(parts, max_length)
+
+
+def _cut(parts: Sequence[tuple[list[int], bool]], max_length: int) -> EncodedExample:
+    """The ids of all parts, as many as there may be, with labels on those that are trained."""
+    ids = [i for part, _ in parts for i in part]
+    labels = [i if trained else IGNORE_INDEX for part, trained in parts for i in part]
+    before = next((n for n, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    kept = labels[:max_length]
+    with_loss = sum(label != IGNORE_INDEX for label in kept)
+    return EncodedExample(ids[:max_length], kept, len(ids) > max_length, before, len(ids), with_loss)
 
 
 def choose_pad_id(tokenizer: Any, pad_token: str | None = None) -> int:

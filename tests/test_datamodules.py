@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import byte_tokenizer
 from transformers import AutoTokenizer
 
+import lift_lightning.datamodules.base as base
 import lift_lightning.datamodules.math10k as math10k
 import lift_lightning.datamodules.tokenise as tokenise
 from lift_lightning.datamodules import Math10KDataModule, SFTDataModule
@@ -120,13 +121,13 @@ def test_to_example_can_be_overridden(make):
 
 def test_tokenises_once(make, monkeypatch):
     calls = []
-    encode = tokenise.encode_example
+    encode = base.encode_example
 
     def counted(*args):
         calls.append(args)
         return encode(*args)
 
-    monkeypatch.setattr(tokenise, "encode_example", counted)
+    monkeypatch.setattr(base, "encode_example", counted)
 
     def tokenised(*args, **options):
         calls.clear()

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lift_lightning.datamodules.resume import EpochSampler, ResumableDataLoader, mended_epoch
+from lift_lightning.datamodules.rows import DataError
 
 QUIET = {
     "accelerator": "cpu",
@@ -149,6 +150,44 @@ def test_ranks_share_an_epoch():
     # 3 samples on 2 ranks: torch's rule, one is repeated so that the ranks take as many steps.
     assert [len(EpochSampler(range(3), num_replicas=2, rank=rank)) for rank in range(2)] == [2, 2]
     assert {i for rank in range(2) for i in EpochSampler(range(3), num_replicas=2, rank=rank)} == {0, 1, 2}
+
+
+LENGTHS = [(7 * i) % 101 for i in range(1007)]
+
+
+def grouped(**options):
+    return loader(samples=1007, batch_size=4, lengths=LENGTHS, **options)
+
+
+def test_batches_of_like_lengths():
+    one = grouped()
+    first, second = ids(one), ids(one)
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(1007))
+    assert [len(batch) for batch in first] == [4] * 251 + [3]  # what fills no batch comes last
+    assert first != second
+
+    def spread(batches):
+        lengths = [[LENGTHS[i] for i in batch] for batch in batches[:-1]]
+        return sum(max(batch) - min(batch) for batch in lengths) / len(lengths)
+
+    assert spread(first) < 5 < 50 < spread(ids(loader(samples=1007, batch_size=4)))
+    longest = [max(LENGTHS[i] for i in batch) for batch in first[:-1]]
+    assert longest != sorted(longest)  # the batches themselves come in any order
+
+
+def test_batches_of_like_lengths_go_on_and_are_shared_by_ranks():
+    whole = ids(grouped())
+    saved = grouped()
+    iterator = iter(saved)
+    ids(iterator, 100)
+    again = grouped()
+    again.load_state_dict(saved.state_dict())
+    assert ids(again) == whole[100:]
+    with pytest.raises(DataError, match="group_by_length was 1, is 0"):
+        loader(samples=1007, batch_size=4).load_state_dict(saved.state_dict())
+    ranks = [loader(samples=1007, batch_size=2, lengths=LENGTHS, num_replicas=2, rank=rank) for rank in range(2)]
+    two = [ids(iter(rank), 251) for rank in ranks]
+    assert [sorted(a + b) for a, b in zip(*two, strict=True)] == [sorted(batch) for batch in whole[:251]]
 
 
 def test_lightning_leaves_the_sampler_alone_on_several_devices():

@@ -75,6 +75,7 @@ COMMONSENSE = (
     Task("arc-challenge", 1, "label", "ARC-Challenge", _numbered("answer", 5)),
     Task("openbookqa", 1, "label", "openbookqa", _numbered("answer", 5)),
 )
+REASONING = (Task("strategyqa", 1, "label", labels=("true", "false")),)
 
 
 # Of the bundled model, see lift_lightning/quickstart.
@@ -89,7 +90,7 @@ def _key(name: str) -> str:
     return re.sub(r"[-_\s]", "", name).lower()
 
 
-TASKS = {_key(task.name): task for task in (*ARITHMETIC, *COMMONSENSE, *QUICKSTART)}
+TASKS = {_key(task.name): task for task in (*ARITHMETIC, *COMMONSENSE, *REASONING, *QUICKSTART)}
 
 
 def is_known(name: str) -> bool:
