@@ -1,4 +1,4 @@
-"""`python main.py {fit,validate,test,run,export,consolidate} ...`: the same as the console script `lift-lightning`."""
+"""`python main.py COMMAND ...`: the same as the console script `lift-lightning`; `--help` lists the commands."""
 
 import sys
 

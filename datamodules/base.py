@@ -258,6 +258,10 @@ class SFTDataModule(LightningDataModule):
         """Id that fills batches; known after `setup`."""
         return self._ready(self._pad_token_id, "fit")
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens and all."""
+        return str(self._ready_tokenizer().decode(ids))
+
     def _ready_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise DataError("there is no tokenizer: pass tokenizer=..., or set --data.tokenizer to a folder or hub id")

@@ -24,6 +24,7 @@ from lift_lightning.evaluation.scoring import is_known
 from lift_lightning.export import export
 from lift_lightning.models import ModelUnavailableError
 from lift_lightning.module import LiftLightningModule
+from lift_lightning.show_data import show_data
 from lift_lightning.strategies import ReadsAllCheckpoints
 
 # What a user can mend, said in one line; everything else keeps its traceback.
@@ -47,6 +48,7 @@ commands:
   validate   loss of a model or checkpoint on held-out rows
   test       generate answers to test sets and score them
   run        fit, then test the trained weights
+  data       what a model would see: sizes, lengths, an example with its loss mask; options as for fit
   export     write a checkpoint as a Hugging Face folder
   consolidate  make one file of a checkpoint folder that several devices wrote
 
@@ -172,6 +174,9 @@ def _dispatch(command: str, rest: list[str]) -> None:
     if command in TOOLS:
         written = jsonargparse.auto_cli(TOOLS[command], args=rest, as_positional=False, prog=f"{_prog()} {command}")
         print(f"wrote {written}")
+    elif command == "data":
+        sys.argv[1:] = rest
+        show_data(lightning_cli(run=False).datamodule)
     elif command in ("fit", "validate", "test", "run"):
         # LightningCLI warns of arguments that are handed over while the process has some of its own.
         sys.argv[1:] = ["fit" if command == "run" else command, *rest]
