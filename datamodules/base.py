@@ -236,8 +236,10 @@ class SFTDataModule(LightningDataModule):
         return self._eval_loader(dataset, self._collate_training(), without_labels) if len(dataset) else []
 
     def test_dataloader(self) -> list[DataLoader]:
-        """One loader per task, in the order of `test_tasks`. On several devices the ranks take turns here too; what
-        fills up the last turn has None for its `row`."""
+        """One loader per task, in the order of `test_tasks`, each with the longest prompts first.
+
+        On several devices the ranks take turns here too; what fills up the last turn has None for its `row`.
+        """
         if not self.test_files:
             raise DataError(
                 "there is nothing to test on: set --data.test_path to a file with instruction, input and answer"
@@ -351,13 +353,15 @@ class SFTDataModule(LightningDataModule):
     def _encode_test(self, task: str, rows: Rows) -> list[Row]:
         tokenizer = self._ready_tokenizer()
         shown = ("instruction", "input", "answer")
-        return [
+        encoded = [
             {
                 "input_ids": encode_prompt(tokenizer, self.to_example(row)[0]),
                 "row": {"index": i, "task": task, **{name: row[name] for name in shown if name in row}},
             }
             for i, row in enumerate(rows.rows)
         ]
+        # Little padding, and if the memory is too small it shows at once.
+        return sorted(encoded, key=lambda example: -len(example["input_ids"]))
 
     def _collate_training(self) -> Any:
         return partial(pad_batch, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)

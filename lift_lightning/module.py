@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import shlex
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +22,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from lift_lightning import __version__
 from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.callbacks.mask_refresh import CHECKPOINT_KEY as SELECTION_KEY
 from lift_lightning.errors import ConfigError
-from lift_lightning.evaluation.generation import GenerationSettings, generate
-from lift_lightning.evaluation.recorder import AnswerRecorder, summary_table
+from lift_lightning.evaluation.answering import Answering
+from lift_lightning.evaluation.generation import GenerationSettings
+from lift_lightning.evaluation.recorder import summary_table
+from lift_lightning.evaluation.results import source_commit
 from lift_lightning.evaluation.scoring import GenericKind
 from lift_lightning.losses import SummedLoss, causal_lm_loss, classification_loss
 from lift_lightning.models import ModelTask, keep_buffer_dtypes, load_empty_model, load_model, load_tokenizer
@@ -464,7 +470,7 @@ class LiftLightningModule(pl.LightningModule):
     # ---------------------------------------------------------------- test
 
     def on_test_start(self) -> None:
-        """Open the prediction files' folder and load the tokenizer."""
+        """Begin, or take up, the predictions."""
         if isinstance(self.trainer.strategy, FSDPStrategy):
             raise MisconfigurationException(
                 "test generates answers, which a model wrapped by FSDP1 does not do: set trainer.strategy to fsdp2, "
@@ -474,38 +480,50 @@ class LiftLightningModule(pl.LightningModule):
             raise MisconfigurationException(
                 f"test generates answers, which task={self.hparams.task!r} does not do: use validate"
             )
+        hparams = self.hparams
         beside = self.trainer.log_dir or self.trainer.default_root_dir
-        folder = Path(self.hparams.predictions_dir or Path(beside) / "predictions")
-        self._recorder = AnswerRecorder(folder, self.hparams.unknown_tasks)
-        self._ranks = all_ranks()
-        self._tokenizer = load_tokenizer(self.model_name_or_path, self.hparams.revision)
+        self._predictions = Path(hparams.predictions_dir or Path(beside) / "predictions")
+        self._answering = Answering(
+            load_tokenizer(self.model_name_or_path, hparams.revision),
+            GenerationSettings(hparams.num_beams, hparams.max_new_tokens),
+            self._predictions,
+            self._about(),
+            hparams.unknown_tasks,
+            all_ranks(),
+            in_step=isinstance(self.trainer.strategy, ModelParallelStrategy),
+        )
+        if self._answering.already:
+            rank_zero_info(f"{self._predictions} has {self._answering.already:,} answers of this test already")
+
+    def _about(self) -> dict[str, Any]:
+        """What is tested, and how."""
+        hparams = self.hparams
+        return {
+            "model": self.model_name_or_path,
+            "revision": hparams.revision,
+            "checkpoint": None if self.trainer.ckpt_path is None else str(self.trainer.ckpt_path),
+            "precision": self.trainer.precision,
+            "num_beams": hparams.num_beams,
+            "max_new_tokens": hparams.max_new_tokens,
+            "do_sample": False,
+            "seed": os.environ.get("PL_GLOBAL_SEED"),
+            "lift_lightning": __version__,
+            "commit": source_commit(),
+            "command": shlex.join(sys.argv),
+        }
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Generate answers to one left-padded batch of prompts and score them."""
-        settings = GenerationSettings(self.hparams.num_beams, self.hparams.max_new_tokens)
-        prompts = batch["input_ids"], batch["attention_mask"]
-        in_step = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        texts = generate(self.hf_model, self._tokenizer, *prompts, settings, in_step=in_step)
-        self._record(list(zip(batch["rows"], texts, strict=True)))
-
-    def _record(self, answers: list[tuple[dict[str, Any] | None, str]]) -> None:
-        """On the first rank those of all, in the order of the file."""
-        if self._ranks is None:
-            self._recorder.record(*zip(*answers, strict=True))
-            return
-        turns = zip(*self._ranks.objects(answers), strict=True)
-        found = [(row, text) for turn in turns for row, text in turn if row is not None]
-        if found:
-            self._ranks.on_first(lambda: self._recorder.record(*zip(*found, strict=True)))
+        """Generate answers to one left-padded batch of prompts and score them, those that are not there yet."""
+        self._answering.answer(self.hf_model, batch)
 
     def on_test_epoch_end(self) -> None:
         """Log each task's accuracy by both rules, and print them as a table."""
-        summaries = self._recorder.finish() if self._ranks is None else self._ranks.on_first(self._recorder.finish)
+        summaries = self._answering.finish()
         for task, found in summaries.items():
             self.log(f"test_{task}_paper", found.accuracy_paper, sync_dist=True)
             self.log(f"test_{task}_strict", found.accuracy_strict, sync_dist=True)
         if self.trainer.is_global_zero:
-            Console().print(summary_table(summaries, self._recorder.folder))
+            Console().print(summary_table(summaries, self._predictions))
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console, Group
@@ -63,7 +64,7 @@ def _padding(data: SFTDataModule) -> float:
     """Of the training batches as the sampler makes them, by their lengths: nothing is read."""
     assert data.train_dataset is not None
     lengths = [min(n, data.max_length) for n in data.train_dataset["full_length"]]
-    batches = list(data.train_dataloader().batch_sampler)
+    batches = list(cast(Iterable[list[int]], data.train_dataloader().batch_sampler))
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     return 1 - sum(lengths[i] for batch in batches for i in batch) / padded
 

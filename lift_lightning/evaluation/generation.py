@@ -5,6 +5,7 @@ Letters: B prompts in a batch; P tokens of the longest prompt.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,37 @@ def generate(
     return [
         str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)) for ids in completions
     ]
+
+
+def generate_within_memory(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    settings: GenerationSettings | None = None,
+    *,
+    in_step: bool = False,
+) -> list[str]:
+    """`generate`, which halves a batch that runs out of memory and goes on; arguments and result as there.
+
+    Raises:
+        torch.OutOfMemoryError: of a single prompt, or where other ranks generate in step.
+    """
+    try:
+        return generate(model, tokenizer, input_ids, attention_mask, settings, in_step=in_step)
+    except torch.OutOfMemoryError:
+        rows = input_ids.shape[0]
+        if rows == 1 or in_step:
+            raise
+    # Not in the handler: the exception would keep the tensors of the failed attempt alive.
+    half = -(-rows // 2)
+    _log.warning("out of memory with %d prompts of %d tokens: going on with %d", rows, input_ids.shape[1], half)
+    if input_ids.is_cuda:
+        torch.cuda.empty_cache()
+    texts = []
+    for part in (slice(half), slice(half, None)):
+        texts += generate_within_memory(model, tokenizer, input_ids[part], attention_mask[part], settings)
+    return texts
 
 
 def _generation_config(

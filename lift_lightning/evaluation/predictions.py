@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 
-from lift_lightning.evaluation.scoring import Answer, Task, score
+from lift_lightning.evaluation.scoring import Answer, Rule, Task, score
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,24 @@ class PredictionWriter:
     """Writes predictions as they come and gives the file its name when all are there.
 
     Lines go to `<path>.partial`, each flushed, so that a run that dies leaves what it had; a file under its final name
-    is complete. As a context manager it is closed with `complete` on success only.
+    is complete, and in the order of the test set. As a context manager it is closed with `complete` on success only.
+
+    Args:
+        path: of the complete file.
+        resume: go on with what is there of a run that died.
+
+    Attributes:
+        resumed: the predictions that were there.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, resume: bool = False) -> None:
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.partial.open("w", encoding="utf-8")
+        self.resumed: list[Prediction] = []
+        if resume and self.partial.is_file():
+            self.resumed = read_unfinished(self.partial)
+        self._file = self.partial.open("a" if self.resumed else "w", encoding="utf-8")
 
     def write(self, prediction: Prediction) -> None:
         """Append one line."""
@@ -78,7 +88,13 @@ class PredictionWriter:
             return
         self._file.close()
         if complete:
-            self.partial.replace(self.path)
+            # Not splitlines, which also breaks at characters that a text may hold.
+            lines = [line for line in self.partial.read_text(encoding="utf-8").split("\n") if line]
+            lines.sort(key=lambda line: json.loads(line)["index"])
+            in_order = self.partial.with_name(self.partial.name + ".sorted")
+            in_order.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            in_order.replace(self.path)
+            self.partial.unlink()
 
     def __enter__(self) -> PredictionWriter:
         return self
@@ -87,6 +103,16 @@ class PredictionWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(complete=kind is None)
+
+
+def read_unfinished(path: Path) -> list[Prediction]:
+    """Of a file whose writer may have been killed; half a line at its end is cut away."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return read_predictions(path)
 
 
 def read_predictions(path: str | os.PathLike[str]) -> list[Prediction]:
@@ -125,15 +151,23 @@ class Summary:
     correct_strict: int
     unanswered: int
 
+    def correct(self, rule: Rule) -> int:
+        """Samples that are right by a rule."""
+        return self.correct_paper if rule == "paper" else self.correct_strict
+
+    def accuracy(self, rule: Rule) -> float:
+        """Share of right answers by a rule, 0 to 1."""
+        return self.correct(rule) / self.n
+
     @property
     def accuracy_paper(self) -> float:
         """Share of right answers by rule `paper`, 0 to 1."""
-        return self.correct_paper / self.n
+        return self.accuracy("paper")
 
     @property
     def accuracy_strict(self) -> float:
         """Share of right answers by rule `strict`, 0 to 1."""
-        return self.correct_strict / self.n
+        return self.accuracy("strict")
 
 
 def summarise(predictions: Iterable[Prediction]) -> dict[str, Summary]:

@@ -1,7 +1,8 @@
-"""Collects the answers of one test run: scores them as they come, writes them down, and sums up."""
+"""Collects the answers of one test run: scores them as they come, writes them down, goes on after a break, sums up."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,23 +10,61 @@ from typing import Any
 
 from rich.table import Table
 
-from lift_lightning.evaluation.predictions import Prediction, PredictionWriter, Summary, summarise
+from lift_lightning.errors import ConfigError
+from lift_lightning.evaluation.predictions import Prediction, PredictionWriter, Summary, read_unfinished, summarise
+from lift_lightning.evaluation.results import means, results, same_run, wilson_interval, write_json
 from lift_lightning.evaluation.scoring import GenericKind, get_task
+
+# By task: the questions that are answered, by their place in the test set.
+Answered = dict[str, dict[int, str]]
+
+RUN_FILE, RESULTS_FILE = "run.json", "results.json"
 
 
 class AnswerRecorder:
-    """Predictions of several tasks, each in `<folder>/<task>.jsonl`.
+    """Predictions of several tasks, each in `<folder>/<task>.jsonl`, and `<folder>/results.json`.
+
+    A folder with predictions of the same run that did not come to its end is taken up where it was left.
 
     Args:
         folder: where the files go; made if missing.
         generic: how test sets that are no known task are scored; None refuses them.
+        run: what is tested, and how; written to the results. What differs from it but for `command` is another run.
+
+    Attributes:
+        answered: what an earlier part of this run has answered.
+
+    Raises:
+        ConfigError: if the folder has unfinished predictions of another run.
     """
 
-    def __init__(self, folder: Path, generic: GenericKind | None = None) -> None:
+    def __init__(self, folder: Path, generic: GenericKind | None = None, run: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
         self._generic = generic
+        self._run = dict(run or {})
         self._writers: dict[str, PredictionWriter] = {}
         self._predictions: list[Prediction] = []
+        self.answered: Answered = {}
+        self._resumes = self._take_up()
+
+    def _take_up(self) -> bool:
+        left = sorted(self.folder.glob("*.jsonl.partial"))
+        file = self.folder / RUN_FILE
+        if left and file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            differing = same_run(before, self._run, (before.keys() | self._run.keys()) - {"command"})
+            if differing:
+                raise ConfigError(
+                    f"{self.folder} has unfinished predictions of another run ({'; '.join(differing)}): set "
+                    "model.predictions_dir to another folder, or remove this one"
+                )
+            for path in left:
+                for prediction in read_unfinished(path):
+                    self.answered.setdefault(prediction.task, {})[prediction.index] = prediction.instruction
+            return True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, self._run)
+        return False
 
     def record(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
         """Score and write one batch.
@@ -42,26 +81,61 @@ class AnswerRecorder:
             prediction = Prediction.scored(
                 task, index=row["index"], instruction=row["instruction"], prediction=completion, gold=row["answer"]
             )
-            if task.name not in self._writers:
-                file = re.sub(r"[^\w.-]", "_", task.name) + ".jsonl"  # a user's own task may be called anything
-                self._writers[task.name] = PredictionWriter(self.folder / file)
-            self._writers[task.name].write(prediction)
+            self._writer(task.name).write(prediction)
             self._predictions.append(prediction)
 
+    def _writer(self, task: str) -> PredictionWriter:
+        if task not in self._writers:
+            file = re.sub(r"[^\w.-]", "_", task) + ".jsonl"  # a user's own task may be called anything
+            writer = PredictionWriter(self.folder / file, resume=self._resumes)
+            self._writers[task] = writer
+            self._predictions += writer.resumed
+        return self._writers[task]
+
+    def leave(self) -> None:
+        """Close the files of a run that does not come to its end, for a later one to go on."""
+        for writer in self._writers.values():
+            writer.close(complete=False)
+
     def finish(self) -> dict[str, Summary]:
-        """Close the files and count the right answers of each task."""
+        """Close the files, count the right answers of each task, and write the results."""
+        for task in self.answered:
+            self._writer(task)  # one that had nothing left to answer
         for writer in self._writers.values():
             writer.close()
-        return summarise(self._predictions)
+        summaries = summarise(self._predictions)
+        write_json(self.folder / RESULTS_FILE, results(summaries, self._run))
+        return summaries
+
+
+def is_answered(row: Mapping[str, Any], answered: Answered, generic: GenericKind | None = None) -> bool:
+    """Whether a row of a test set is among what a recorder has answered.
+
+    Raises:
+        ConfigError: if another question was answered in its place: the test set has changed.
+    """
+    task = get_task(row["task"], generic=generic).name
+    question = answered.get(task, {}).get(row["index"])
+    if question is not None and question != row["instruction"]:
+        raise ConfigError(
+            f"sample {row['index']} of {task} was another question when this test was begun: set "
+            "model.predictions_dir to another folder"
+        )
+    return question is not None
 
 
 def summary_table(summaries: Mapping[str, Summary], folder: Path) -> Table:
-    """Accuracies by both rules, one row for each task."""
-    table = Table(title="Test accuracy", caption=f"predictions in {folder}")
+    """Accuracies by both rules, one row for each task, and the means over groups that are complete."""
+    table = Table(title="Test accuracy", caption=f"predictions and {RESULTS_FILE} in {folder}")
     table.add_column("task")
-    for heading in ("samples", "paper rule", "strict rule", "no answer"):
+    for heading in ("samples", "paper rule", "strict rule", "95% interval", "no answer"):
         table.add_column(heading, justify="right")
     for task, found in summaries.items():
-        row = (str(found.n), f"{found.accuracy_paper:.1%}", f"{found.accuracy_strict:.1%}", str(found.unanswered))
-        table.add_row(task, *row)
+        low, high = wilson_interval(found.correct_strict, found.n)
+        accuracies = (f"{found.accuracy_paper:.1%}", f"{found.accuracy_strict:.1%}", f"{low:.1%}-{high:.1%}")
+        table.add_row(task, str(found.n), *accuracies, str(found.unanswered))
+    for i, (name, mean) in enumerate(means(summaries).items()):
+        if i == 0:
+            table.add_section()
+        table.add_row(f"mean: {name}", "", f"{mean['paper']:.1%}", f"{mean['strict']:.1%}", "", "")
     return table

@@ -1,0 +1,111 @@
+"""One test run: the prompts of its batches are answered, on one rank or several, and recorded on the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lift_lightning.evaluation.generation import GenerationSettings, generate_within_memory
+from lift_lightning.evaluation.predictions import Summary
+from lift_lightning.evaluation.recorder import Answered, AnswerRecorder, is_answered
+from lift_lightning.evaluation.scoring import GenericKind
+from lift_lightning.sharding import Ranks
+
+
+class Answering:
+    """Answers and records what an earlier part of the same run has not answered.
+
+    Args:
+        tokenizer: the model's own.
+        settings: how answers are decoded.
+        folder: where predictions and results go.
+        run: what is tested, and how, see `AnswerRecorder`.
+        generic: how test sets that are no known task are scored.
+        ranks: that answer together, each its own rows; all of them have to make the same calls.
+        in_step: the ranks share the model's weights, so that all generate or none.
+
+    Attributes:
+        already: how many answers there were.
+
+    Raises:
+        ConfigError: if the folder has unfinished predictions of another run.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: GenerationSettings,
+        folder: Path,
+        run: Mapping[str, Any],
+        generic: GenericKind | None = None,
+        ranks: Ranks | None = None,
+        *,
+        in_step: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.ranks = ranks
+        self.in_step = in_step
+        self._folder, self._run, self._generic = folder, run, generic
+        self._recorder: AnswerRecorder | None = None  # of the first rank
+        self._answered = self._begin() if ranks is None else ranks.on_first(self._begin)
+        self.already = sum(map(len, self._answered.values()))
+
+    def _begin(self) -> Answered:
+        self._recorder = AnswerRecorder(self._folder, self._generic, self._run)
+        return self._recorder.answered
+
+    def answer(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+        """Generate, score and record.
+
+        Args:
+            model: a causal language model.
+            batch: left-padded `input_ids` and `attention_mask`, and `rows` of the test set; None for a row that only
+                fills up.
+        """
+        try:
+            self._answer(model, batch)
+        except BaseException:
+            if self._recorder is not None:
+                self._recorder.leave()  # what is there stays, for a later run to go on
+            raise
+
+    def _answer(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+        wanted = [
+            (place, row)
+            for place, row in enumerate(batch["rows"])
+            if row is not None and not is_answered(row, self._answered, self._generic)
+        ]
+        if not any([bool(wanted)] if self.ranks is None else self.ranks.objects(bool(wanted))):
+            return
+        # Ranks that share a model generate all or none; what comes of a row that is not wanted is left out.
+        texts = self._generate(model, batch, [place for place, _ in wanted] or [0])
+        answers = [(row, text) for (_, row), text in zip(wanted, texts, strict=False)]
+        if self.ranks is None:
+            self._record(answers)
+        else:
+            found = [answer for theirs in self.ranks.objects(answers) for answer in theirs]
+            self.ranks.on_first(lambda: self._record(found))
+
+    def finish(self) -> dict[str, Summary]:
+        """Close the files, write the results, and return them on every rank."""
+        return self._sum_up() if self.ranks is None else self.ranks.on_first(self._sum_up)
+
+    def _generate(self, model: PreTrainedModel, batch: Mapping[str, Any], places: list[int]) -> list[str]:
+        mask = batch["attention_mask"][places]
+        longest = int(mask.sum(dim=1).max())
+        ids = batch["input_ids"][places][:, -longest:]
+        return generate_within_memory(
+            model, self.tokenizer, ids, mask[:, -longest:], self.settings, in_step=self.in_step
+        )
+
+    def _record(self, answers: list[tuple[dict[str, Any], str]]) -> None:
+        assert self._recorder is not None
+        self._recorder.record([row for row, _ in answers], [text for _, text in answers])
+
+    def _sum_up(self) -> dict[str, Summary]:
+        assert self._recorder is not None
+        return self._recorder.finish()
