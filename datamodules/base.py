@@ -238,7 +238,7 @@ class SFTDataModule(LightningDataModule):
     def test_dataloader(self) -> list[DataLoader]:
         """One loader per task, in the order of `test_tasks`, each with the longest prompts first.
 
-        On several devices the ranks take turns here too; what fills up the last turn has None for its `row`.
+        On several devices the ranks take turns here too; what fills up the last turn has None for its `index`.
         """
         if not self.test_files:
             raise DataError(

@@ -19,7 +19,7 @@ def without_labels(row: Row) -> Row:
 
 def without_answer(row: Row) -> Row:
     """A prompt of a test whose completion nobody looks at."""
-    return {**row, "row": None}
+    return {**row, "row": {**row["row"], "index": None}}
 
 
 class EvaluationShard(Dataset):

@@ -24,6 +24,7 @@ from lift_lightning.evaluation.scoring import is_known
 from lift_lightning.export import export
 from lift_lightning.models import ModelUnavailableError
 from lift_lightning.module import LiftLightningModule
+from lift_lightning.predict import predict
 from lift_lightning.show_data import show_data
 from lift_lightning.strategies import ReadsAllCheckpoints
 
@@ -38,7 +39,7 @@ USER_ERRORS = (
     ModelUnavailableError,
 )
 
-TOOLS: dict[str, Callable[..., Path]] = {"export": export, "consolidate": consolidate}
+TOOLS: dict[str, Callable[..., Path]] = {"export": export, "consolidate": consolidate, "predict": predict}
 
 USAGE = """\
 usage: {prog} COMMAND [--config FILE ...] [--section.option VALUE ...]
@@ -49,6 +50,7 @@ commands:
   test       generate answers to test sets and score them
   run        fit, then test the trained weights
   data       what a model would see: sizes, lengths, an example with its loss mask; options as for fit
+  predict    write what a model answers to a file of instructions
   export     write a checkpoint as a Hugging Face folder
   consolidate  make one file of a checkpoint folder that several devices wrote
 

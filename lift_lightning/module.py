@@ -27,7 +27,6 @@ from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.callbacks.mask_refresh import CHECKPOINT_KEY as SELECTION_KEY
 from lift_lightning.errors import ConfigError
 from lift_lightning.evaluation.answering import Answering
-from lift_lightning.evaluation.generation import GenerationSettings
 from lift_lightning.evaluation.recorder import summary_table
 from lift_lightning.evaluation.results import source_commit
 from lift_lightning.evaluation.scoring import GenericKind
@@ -84,7 +83,7 @@ class LiftLightningModule(pl.LightningModule):
         attn_implementation: attention kernel of transformers, such as `sdpa`.
         revision: of the model on the hub.
         num_beams: of generation in `test` (the paper's code: 4).
-        max_new_tokens: of generation in `test`.
+        max_new_tokens: of an answer in `test`; null for each task's own limit (256; 32 where a label is asked for).
         predictions_dir: where `test` writes predictions; `predictions` beside the logs of the run if null.
         unknown_tasks: how `test` scores a file that is none of the known tasks: by its `number`, or its `exact` text;
             null refuses it.
@@ -118,7 +117,7 @@ class LiftLightningModule(pl.LightningModule):
         attn_implementation: str | None = None,
         revision: str | None = None,
         num_beams: int = 4,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         predictions_dir: str | None = None,
         unknown_tasks: GenericKind | None = None,
     ) -> None:
@@ -485,7 +484,8 @@ class LiftLightningModule(pl.LightningModule):
         self._predictions = Path(hparams.predictions_dir or Path(beside) / "predictions")
         self._answering = Answering(
             load_tokenizer(self.model_name_or_path, hparams.revision),
-            GenerationSettings(hparams.num_beams, hparams.max_new_tokens),
+            hparams.num_beams,
+            hparams.max_new_tokens,
             self._predictions,
             self._about(),
             hparams.unknown_tasks,

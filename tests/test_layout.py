@@ -58,6 +58,8 @@ LEVELS = {
     "lift_lightning.quickstart.__main__": 4,
     "lift_lightning.cli": 4,
     "lift_lightning.export": 4,
+    "lift_lightning.evaluate": 4,
+    "lift_lightning.predict": 4,
     "lift_lightning.show_data": 4,
     "lift_lightning.consolidate": 4,
     "main": 4,

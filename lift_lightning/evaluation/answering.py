@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lift_lightning.evaluation.generation import GenerationSettings, generate_within_memory
 from lift_lightning.evaluation.predictions import Summary
 from lift_lightning.evaluation.recorder import Answered, AnswerRecorder, is_answered
-from lift_lightning.evaluation.scoring import GenericKind
+from lift_lightning.evaluation.scoring import GenericKind, get_task
 from lift_lightning.sharding import Ranks
 
 
@@ -20,7 +20,8 @@ class Answering:
 
     Args:
         tokenizer: the model's own.
-        settings: how answers are decoded.
+        num_beams: width of the beam search; 1 is greedy.
+        max_new_tokens: of an answer; None for each task's own limit.
         folder: where predictions and results go.
         run: what is tested, and how, see `AnswerRecorder`.
         generic: how test sets that are no known task are scored.
@@ -37,7 +38,8 @@ class Answering:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        settings: GenerationSettings,
+        num_beams: int,
+        max_new_tokens: int | None,
         folder: Path,
         run: Mapping[str, Any],
         generic: GenericKind | None = None,
@@ -46,7 +48,8 @@ class Answering:
         in_step: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.settings = settings
+        self.num_beams = num_beams
+        self.max_new_tokens = max_new_tokens
         self.ranks = ranks
         self.in_step = in_step
         self._folder, self._run, self._generic = folder, run, generic
@@ -63,8 +66,8 @@ class Answering:
 
         Args:
             model: a causal language model.
-            batch: left-padded `input_ids` and `attention_mask`, and `rows` of the test set; None for a row that only
-                fills up.
+            batch: left-padded `input_ids` and `attention_mask`, and `rows` of one task; with None for the `index`
+                of a row that only fills up.
         """
         try:
             self._answer(model, batch)
@@ -77,7 +80,7 @@ class Answering:
         wanted = [
             (place, row)
             for place, row in enumerate(batch["rows"])
-            if row is not None and not is_answered(row, self._answered, self._generic)
+            if row["index"] is not None and not is_answered(row, self._answered, self._generic)
         ]
         if not any([bool(wanted)] if self.ranks is None else self.ranks.objects(bool(wanted))):
             return
@@ -98,9 +101,10 @@ class Answering:
         mask = batch["attention_mask"][places]
         longest = int(mask.sum(dim=1).max())
         ids = batch["input_ids"][places][:, -longest:]
-        return generate_within_memory(
-            model, self.tokenizer, ids, mask[:, -longest:], self.settings, in_step=self.in_step
-        )
+        task = get_task(batch["rows"][0]["task"], generic=self._generic)
+        limit = self.max_new_tokens or task.max_new_tokens
+        settings = GenerationSettings(self.num_beams, limit)
+        return generate_within_memory(model, self.tokenizer, ids, mask[:, -longest:], settings, in_step=self.in_step)
 
     def _record(self, answers: list[tuple[dict[str, Any], str]]) -> None:
         assert self._recorder is not None

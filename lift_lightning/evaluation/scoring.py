@@ -42,6 +42,11 @@ class Task:
     folder: str = ""
     labels: tuple[str, ...] = ()
 
+    @property
+    def max_new_tokens(self) -> int:
+        """Where a completion ends that has not ended by itself, as in LLM-Adapters' code: a label needs no reasons."""
+        return 32 if self.kind == "label" else 256
+
 
 class Score(TypedDict):
     """The answers read from one prediction, None where a rule finds none, and whether each is right."""
