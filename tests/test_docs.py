@@ -253,8 +253,8 @@ def run_command(command: str, things: dict[str, str]) -> None:
     """A command of `python main.py`, in this process, as the dispatcher runs it."""
     words = [fill_in(word, things) for word in shlex.split(command)]
     args = words[2:] if words[0] == "python" else words[1:]
-    if args[0] != "export" and "--help" not in args:
-        fit = ["fit" if args[0] == "run" else args[0], *args[1:]]
+    if args[0] not in ("export", "predict") and "--help" not in args:
+        fit = ["fit" if args[0] in ("run", "data") else args[0], *args[1:]]
         settings = parsed([word for word in fit if word != "--print_config"])
         Path("smaller.yaml").write_text(yaml.safe_dump(smaller(settings, things)), encoding="utf-8")
         args = [*args, "--config", "smaller.yaml"]
