@@ -25,20 +25,24 @@ class GenerationSettings:
     Args:
         num_beams: width of the beam search; 1 is greedy.
         max_new_tokens: where a completion ends that has not ended by itself.
-        do_sample: draw from the model's distribution at temperature 1, with torch's global generator.
+        do_sample: draw from the model's distribution, with torch's global generator.
+        temperature: of drawing, above 0: below 1 likely tokens are drawn more often than the model says.
 
     Raises:
-        ValueError: if a number is below 1.
+        ValueError: if a number is out of its range.
     """
 
     num_beams: int = 4
     max_new_tokens: int = 256
     do_sample: bool = False
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for field in ("num_beams", "max_new_tokens"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
 
 @torch.no_grad()
@@ -137,6 +141,7 @@ def _generation_config(
         do_sample=settings.do_sample,
         # 50 by default in transformers, which would make sampling something else than the model's distribution.
         top_k=0 if settings.do_sample else None,
+        temperature=settings.temperature if settings.do_sample else None,
         eos_token_id=ends,
         pad_token_id=pad,
         use_cache=True,
