@@ -141,7 +141,7 @@ def humaneval(
     found = {
         f"pass@{k}": sum(pass_at_k(samples, count, k) for count in right) / len(right) for k in (1, 10) if k <= samples
     }
-    run = {"samples": samples, "seed": seed, "max_new_tokens": max_new_tokens}
+    run: dict[str, float | None] = {"samples": samples, "seed": seed, "max_new_tokens": max_new_tokens}
     run |= {"temperature": temperature if drawn else None}
     write_json(target / "results.json", {"task": "humaneval", "version": VERSION, "n": len(right), **found, "run": run})
     return found
