@@ -127,7 +127,7 @@ def is_answered(row: Mapping[str, Any], answered: Answered, generic: GenericKind
 def summary_table(summaries: Mapping[str, Summary], folder: Path) -> Table:
     """Accuracies by both rules, one row for each task, and the means over groups that are complete."""
     table = Table(title="Test accuracy", caption=f"predictions and {RESULTS_FILE} in {folder}")
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     for heading in ("samples", "paper rule", "strict rule", "95% interval", "no answer"):
         table.add_column(heading, justify="right")
     for task, found in summaries.items():
