@@ -212,14 +212,14 @@ def test_test_batches(make, test_file):
     assert [len(loader) for loader in loaders] == [2, 1]
     batch = next(iter(loaders[0]))
     assert batch["rows"] == [
-        {"index": i, "task": "AddSub", "instruction": f"T{i}?", "input": "x" * i, "answer": str(i)} for i in range(2)
-    ]
+        {"index": i, "task": "AddSub", "instruction": f"T{i}?", "input": "x" * i, "answer": str(i)} for i in (2, 1)
+    ]  # the longest first
     tokenizer = byte_tokenizer()
-    ids = encode_prompt(tokenizer, render_prompt("T0?"))
+    ids = encode_prompt(tokenizer, render_prompt("T1?", "x"))
     padding = batch["input_ids"].shape[1] - len(ids)
     assert padding > 0
-    assert batch["input_ids"][0].tolist() == [0] * padding + ids
-    assert batch["attention_mask"][0].tolist() == [0] * padding + [1] * len(ids)
+    assert batch["input_ids"][1].tolist() == [0] * padding + ids
+    assert batch["attention_mask"][1].tolist() == [0] * padding + [1] * len(ids)
     assert make_ready(make(test_path={"mine": paths[0]}, test_limit=1), "test").test_tasks == ["mine"]
     limited = make_ready(make(test_path=paths[0], test_limit=1), "test")
     assert [b["rows"][0]["index"] for b in limited.test_dataloader()[0]] == [0]
