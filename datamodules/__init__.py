@@ -5,6 +5,7 @@ if not __name__.startswith("lift_lightning."):
 
 from lift_lightning.datamodules.base import SFTDataModule
 from lift_lightning.datamodules.chat import ChatDataModule
+from lift_lightning.datamodules.finetuning import FineTuningDataModule
 from lift_lightning.datamodules.instruction import (
     AlpacaDataModule,
     Commonsense170KDataModule,
@@ -19,6 +20,7 @@ __all__ = [
     "AlpacaDataModule",
     "ChatDataModule",
     "Commonsense170KDataModule",
+    "FineTuningDataModule",
     "GSM8KDataModule",
     "InstructionDataModule",
     "Math10KDataModule",

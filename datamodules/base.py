@@ -1,21 +1,18 @@
-"""Supervised fine-tuning on prompt and answer: reading, seeded split, cached tokenisation, loaders."""
+"""Supervised fine-tuning on prompt and answer: reading, seeded split, cached tokenisation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lift_lightning.collate import collate_test, pad_batch
-from lift_lightning.datamodules.resume import ResumableDataLoader, mended_epoch
+from lift_lightning.datamodules.finetuning import FineTuningDataModule, at_least_one
 from lift_lightning.datamodules.rows import (
     Columns,
     DataError,
@@ -28,15 +25,12 @@ from lift_lightning.datamodules.rows import (
     read_rows,
     split_rows,
 )
-from lift_lightning.datamodules.shards import EvaluationShard, without_answer, without_labels
+from lift_lightning.datamodules.shards import without_answer, without_labels
 from lift_lightning.datamodules.tokenise import encode_cached
-from lift_lightning.prompts import choose_pad_id, encode_example, encode_prompt, render_prompt
+from lift_lightning.prompts import encode_example, encode_prompt, render_prompt
 
 if TYPE_CHECKING:
     import datasets
-
-
-DEFAULT_SEED = 43  # of the released code
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class DataReport:
         )
 
 
-class SFTDataModule(LightningDataModule):
+class SFTDataModule(FineTuningDataModule):
     """Rows of a file or a hub dataset as training examples: the loss is on the answer only.
 
     A dataset of another shape overrides `columns`, `test_columns` and `to_example`; one from elsewhere, `read`.
@@ -77,21 +71,10 @@ class SFTDataModule(LightningDataModule):
         val_size: Rows held out for validation, drawn by the seed; 0 for none.
         test_path: Test rows in the same format with an `answer` column: a file, a list of files, or a mapping of task
             names to files. One loader each.
-        eval_batch_size: Examples per batch in validation and test; default: batch_size.
-        num_workers: Worker processes per loader.
-        seed: Seed of the held-out rows and of the order of training; on the command line seed_everything if not given,
-            else 43.
-        revision: Branch, tag or commit of a hub dataset.
-        subset: Configuration of a hub dataset that has several.
-        group_by_length: Put rows of about the same length into a batch, so that little of it is padding.
-        tokenizer_revision: Branch, tag or commit of a hub tokenizer; on the command line model.revision with the
-            model's tokenizer.
-        pad_token: Token to pad with; default: the tokenizer's, else its EOS.
-        cache_dir: Folder for tokenised data; default: a folder in the cache of Hugging Face datasets.
-        max_samples: Train on at most so many rows, drawn by the seed; the held-out rows do not depend on it.
         test_limit: Take at most so many rows from the start of each test file.
         skip_empty: Leave out rows with an empty instruction or output instead of raising an error.
-        pad_to_multiple_of: Round the length of every training batch up to a multiple of this.
+        subset: Configuration of a hub dataset that has several.
+        **kwargs: As for `FineTuningDataModule`.
     """
 
     notices: tuple[str, ...] = ()  # what a user of the set has to be told: licences, tests that are not clean
@@ -106,54 +89,24 @@ class SFTDataModule(LightningDataModule):
         max_length: int = 2048,
         val_size: int = 100,
         test_path: str | list[str] | dict[str, str] | None = None,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
-        revision: str | None = None,
-        tokenizer_revision: str | None = None,
-        pad_token: str | None = None,
-        cache_dir: str | None = None,
-        max_samples: int | None = None,
+        *,
         test_limit: int | None = None,
         skip_empty: bool = False,
-        pad_to_multiple_of: int | None = None,
         subset: str | None = None,
-        group_by_length: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        at_least_one = {"batch_size": batch_size, "max_length": max_length, "eval_batch_size": eval_batch_size}
-        at_least_one |= {"max_samples": max_samples, "test_limit": test_limit, "pad_to_multiple_of": pad_to_multiple_of}
-        for name, value in at_least_one.items():
-            if value is not None and value < 1:
-                raise DataError(f"{name} must be at least 1, got {value}: set --data.{name}")
+        super().__init__(path, tokenizer, batch_size=batch_size, max_length=max_length, **kwargs)
+        at_least_one(test_limit=test_limit)
         if val_size < 0:
             raise DataError(f"val_size must not be negative, got {val_size}: set --data.val_size (0 for no validation)")
-        self.path = path
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.max_length = max_length
         self.val_size = val_size
         self.test_files = name_tasks(test_path)
-        self.eval_batch_size = eval_batch_size or batch_size
-        self.num_workers = num_workers
-        self.seed = DEFAULT_SEED if seed is None else seed
-        self.revision = revision
-        self.subset = subset
-        self.group_by_length = group_by_length
-        self.tokenizer_revision = tokenizer_revision
-        self.pad_token = pad_token
-        self.cache_dir = cache_dir
-        self.max_samples = max_samples
         self.test_limit = test_limit
         self.skip_empty = skip_empty
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.train_dataset: datasets.Dataset | None = None
+        self.subset = subset
         self.val_dataset: datasets.Dataset | None = None
         self.report: DataReport | None = None
-        self._pad_token_id: int | None = None
         self._test_rows: dict[str, Rows] | None = None
-        self._train_loader: ResumableDataLoader | None = None
-        self._loader_state: dict[str, int] | None = None
 
     def read(self, path: str, split: Literal["train", "test"]) -> Rows:
         """The raw rows of the training data or of one test set."""
@@ -181,59 +134,20 @@ class SFTDataModule(LightningDataModule):
     def check_source(self, rows: Rows) -> None:
         """Refuse training rows that must not be trained on. The base takes everything."""
 
-    def prepare_data(self) -> None:
-        """On one process per node: download and tokenise, so that the other ranks find it in the cache."""
-        if self.trainer is not None and self.trainer.state.fn in ("fit", "validate"):
-            self.setup(self.trainer.state.fn)
-
     def setup(self, stage: str | None = None) -> None:
         # Test files are read for fit too: a bad one should not be found out after the training, and leaks are counted.
         self._setup_test()
         if stage != "test" and stage != "predict":
             self._setup_training()
 
-    def train_dataloader(self) -> ResumableDataLoader:
-        trainer, dataset = self.trainer, self._ready(self.train_dataset, "fit")
-        lengths = [min(n, self.max_length) for n in dataset["full_length"]] if self.group_by_length else None
-        self._train_loader = ResumableDataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            num_replicas=trainer.world_size if trainer is not None else 1,
-            rank=trainer.global_rank if trainer is not None else 0,
-            num_workers=self.num_workers,
-            collate_fn=self._collate_training(),
-            lengths=lengths,
-            current_epoch=partial(mended_epoch, trainer) if trainer is not None else None,
-        )
-        state, self._loader_state = self._loader_state, None  # a state that is refused must not be met again
-        if state is not None:
-            self._train_loader.load_state_dict(state)
-        return self._train_loader
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the training rows.
-
-        Lightning saves it with its loop as well, but restores that too late where `configure_optimizers` has asked for
-        the number of batches, which makes the loaders before the loop's state is there.
-        """
-        return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the next unseen row; a checkpoint that is only tested moves nothing."""
-        if self.trainer is None or self.trainer.state.fn != "fit":
-            return
-        state = state_dict.get("train_loader")
-        if not self.trainer.strategy.restore_checkpoint_after_setup:
-            self._loader_state = state
-        elif state is not None and self._train_loader is not None:
-            # FSDP2 reads a checkpoint when optimizers, and with them the loader whose length they ask for, are there.
-            self._train_loader.load_state_dict(state)
+    def collate_training(self) -> Callable[..., Any]:
+        """Padding on the right, with labels."""
+        return partial(pad_batch, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """In file order. On several devices the ranks take turns; a row that fills up the last turn has no labels."""
         dataset = self._ready(self.val_dataset, "validate")
-        return self._eval_loader(dataset, self._collate_training(), without_labels) if len(dataset) else []
+        return self._eval_loader(dataset, self.collate_training(), without_labels) if len(dataset) else []
 
     def test_dataloader(self) -> list[DataLoader]:
         """One loader per task, in the order of `test_tasks`, each with the longest prompts first.
@@ -254,35 +168,6 @@ class SFTDataModule(LightningDataModule):
     def test_tasks(self) -> list[str]:
         """Task names in the order of the test loaders."""
         return list(self.test_files)
-
-    @property
-    def pad_token_id(self) -> int:
-        """Id that fills batches; known after `setup`."""
-        return self._ready(self._pad_token_id, "fit")
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of token ids, special tokens and all."""
-        return str(self._ready_tokenizer().decode(ids))
-
-    def _ready_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise DataError("there is no tokenizer: pass tokenizer=..., or set --data.tokenizer to a folder or hub id")
-        if isinstance(self.tokenizer, (str, Path)):
-            from lift_lightning.models import load_tokenizer
-
-            self.tokenizer = load_tokenizer(str(self.tokenizer), self.tokenizer_revision)
-        if self._pad_token_id is None:
-            self._pad_token_id = self._choose_pad_token(self.tokenizer)
-        return self.tokenizer
-
-    def _choose_pad_token(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        try:
-            token_id = choose_pad_id(tokenizer, self.pad_token)
-        except ValueError as err:
-            raise DataError(str(err)) from None
-        if self.pad_token is None and tokenizer.pad_token_id is None:
-            rank_zero_info(f"the tokenizer has no pad token: padding with its EOS {tokenizer.eos_token!r}")
-        return token_id
 
     def _setup_training(self) -> None:
         if self.train_dataset is not None:
@@ -362,28 +247,3 @@ class SFTDataModule(LightningDataModule):
         ]
         # Little padding, and if the memory is too small it shows at once.
         return sorted(encoded, key=lambda example: -len(example["input_ids"]))
-
-    def _collate_training(self) -> Any:
-        return partial(pad_batch, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
-
-    def _eval_loader(self, dataset: Any, collate: Any, blank: Callable[..., Any]) -> DataLoader:
-        if self.trainer is not None and self.trainer.world_size > 1:
-            dataset = EvaluationShard(dataset, self.trainer.world_size, self.trainer.global_rank, blank)
-        # A generator of its own: without one, every iterator draws its workers' seed from the global one.
-        generator = torch.Generator().manual_seed(self.seed)
-        # Of one rank, whatever there are: Lightning would replace any other sampler by one that repeats rows.
-        order: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False)
-        return DataLoader(
-            dataset,
-            self.eval_batch_size,
-            sampler=order,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            generator=generator,
-        )
-
-    @staticmethod
-    def _ready(value: Any, stage: str) -> Any:
-        if value is None:
-            raise RuntimeError(f"call setup({stage!r}) first; the Trainer does it by itself")
-        return value

@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lift_lightning import datamodules
 from lift_lightning.cli import LiftCLI, lightning_cli
-from lift_lightning.datamodules import SFTDataModule
+from lift_lightning.datamodules import FineTuningDataModule
 from lift_lightning.export import export
 
 ROOT = Path(__file__).parents[1]
@@ -80,17 +80,19 @@ def command_options(command: str) -> list[Option]:
     return [option._replace(text=" ".join(SENTENCE_END.split(option.text)[:2])) for option in found]
 
 
-def data_options(kind: type[SFTDataModule]) -> list[Option]:
+def data_options(kind: type[FineTuningDataModule]) -> list[Option]:
     """The options of one DataModule, its parents' included."""
     parser = ArgumentParser()
     parser.add_class_arguments(kind, "data")
     return _options(parser, lambda option: option.startswith("data."))
 
 
-def data_modules() -> dict[str, type[SFTDataModule]]:
-    """By class path: the base, what the package has for single datasets, and what its configurations name."""
-    base, *others = sorted(datamodules.__all__, key=lambda name: (name != SFTDataModule.__name__, name))
-    paths = [f"{datamodules.__name__}.{name}" for name in (base, *others)]
+def data_modules() -> dict[str, type[FineTuningDataModule]]:
+    """By class path: the bases first, then what there is for single datasets, and what configurations name."""
+    kinds = [getattr(datamodules, name) for name in datamodules.__all__]
+    bases = {kind for kind in kinds if any(kind in other.__mro__[1:] for other in kinds)}
+    kinds.sort(key=lambda kind: (kind not in bases, len(kind.__mro__) if kind in bases else 0, kind.__name__))
+    paths = [f"{datamodules.__name__}.{kind.__name__}" for kind in kinds]
     for file in sorted((ROOT / "configs").glob("*.yaml")):
         paths.append(yaml.safe_load(file.read_text(encoding="utf-8")).get("data", {}).get("class_path", paths[0]))
     return {path: getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths}
@@ -151,15 +153,17 @@ def table(options: list[Option]) -> str:
 
 
 def data_tables() -> str:
-    """The base in full; of each DataModule beside it what it adds or changes."""
-    (base_path, base), *others = data_modules().items()
-    common = data_options(base)
-    known = {option[:3] for option in common}  # another wording of the explanation is no other option
-    parts = [_summary(base_path, base), table(common)]
+    """The base in full; of each other DataModule what it adds to, or changes of, the one that it is made of."""
+    modules = data_modules()
+    (base_path, base), *others = modules.items()
+    parts = [_summary(base_path, base), table(data_options(base))]
     for path, kind in others:
+        parent = next(other for other in kind.__mro__[1:] if other in modules.values())
+        known = {option[:3] for option in data_options(parent)}  # another wording of the explanation is no other option
         changed = [option for option in data_options(kind) if option[:3] not in known]
         parts += [f"### {kind.__name__}", _summary(path, kind)]
-        parts += ["The options above, with these added or changed:", table(changed)] if changed else []
+        heading = f"The options of `{parent.__name__}`, with these added or changed:"
+        parts += [heading, table(changed)] if changed else [f"The options of `{parent.__name__}`."]
     return "\n\n".join(parts)
 
 

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.consolidate import consolidate
-from lift_lightning.datamodules import SFTDataModule
-from lift_lightning.datamodules.base import DEFAULT_SEED
+from lift_lightning.datamodules import FineTuningDataModule, SFTDataModule
+from lift_lightning.datamodules.finetuning import DEFAULT_SEED
 from lift_lightning.datamodules.rows import DataError
 from lift_lightning.errors import CheckpointError, ConfigError
 from lift_lightning.evaluation.scoring import is_known
@@ -46,7 +46,7 @@ usage: {prog} COMMAND [--config FILE ...] [--section.option VALUE ...]
 
 commands:
   fit        fine-tune a model
-  validate   loss of a model or checkpoint on held-out rows
+  validate   loss and metrics of a model or checkpoint on held-out rows
   test       generate answers to test sets and score them
   run        fit, then test the trained weights
   data       what a model would see: sizes, lengths, an example with its loss mask; options as for fit
@@ -66,8 +66,12 @@ class LiftCLI(LightningCLI):
     """LightningCLI with a `lift` section for the selection, whose overrides merge, and data that follow the model."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The callback has a section of its own: in a list, a later file would reset its other arguments."""
+        """The callback has a section of its own: in a list, a later file would reset its other arguments.
+
+        Data of no class are rows of instructions.
+        """
         parser.add_lightning_class_args(MaskRefreshCallback, "lift")
+        parser.set_defaults({"data": {"class_path": f"{SFTDataModule.__module__}.{SFTDataModule.__name__}"}})
 
     def after_instantiate_classes(self) -> None:
         """Let the data take tokenizer and seed from the rest, where they are left open.
@@ -134,7 +138,7 @@ def lightning_cli(args: ArgsType = None, run: bool = True, cli: type[LiftCLI] = 
     """
     return cli(
         LiftLightningModule,
-        SFTDataModule,
+        FineTuningDataModule,
         subclass_mode_data=True,
         seed_everything_default=DEFAULT_SEED,
         save_config_kwargs={"overwrite": True},
@@ -178,7 +182,12 @@ def _dispatch(command: str, rest: list[str]) -> None:
         print(f"wrote {written}")
     elif command == "data":
         sys.argv[1:] = rest
-        show_data(lightning_cli(run=False).datamodule)
+        data = lightning_cli(run=False).datamodule
+        if not isinstance(data, SFTDataModule):
+            raise ConfigError(
+                f"data shows rows whose answers are text, {type(data).__name__} has labels: see its config"
+            )
+        show_data(data)
     elif command in ("fit", "validate", "test", "run"):
         # LightningCLI warns of arguments that are handed over while the process has some of its own.
         sys.argv[1:] = ["fit" if command == "run" else command, *rest]

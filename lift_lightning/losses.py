@@ -45,11 +45,18 @@ def classification_loss(logits: Tensor, labels: Tensor) -> SummedLoss:
 
     Args:
         logits: (B, C).
-        labels: (B,) class numbers, or real targets where C is 1.
+        labels: (B,) class numbers, -100 where there is none; or real targets where C is 1, NaN where there is none.
     """
     if logits.shape[1] == 1:
-        total = F.mse_loss(logits[:, 0].float(), labels.float(), reduction="sum")
+        predictions = logits[:, 0].float()
+        # An error of 0 where there is no label: NaN times 0 would be NaN.
+        targets = torch.where(has_label(labels), labels.float(), predictions.detach())
+        total = F.mse_loss(predictions, targets, reduction="sum")
     else:
-        total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    # torch.tensor(n, device=...) would wait for the device.
-    return SummedLoss(total, torch.full((), labels.shape[0], device=logits.device))
+        total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return SummedLoss(total, has_label(labels).sum())
+
+
+def has_label(labels: Tensor) -> Tensor:
+    """(B,) of booleans for (B,) class numbers or real targets: whether a row counts."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE_INDEX

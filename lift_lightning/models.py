@@ -394,14 +394,16 @@ def _new_parameters(model: PreTrainedModel, name: str, task: ModelTask, info: di
 
 def _find_pad_token_id(name: str, revision: str | None, config: Any) -> int | None:
     """The id that batches are padded with: decoder classifiers read the last token that is not padding."""
-    try:
-        pad = load_tokenizer(name, revision).pad_token_id
-    except ModelUnavailableError:
-        pad = None
-    if pad is not None:
-        return pad
     eos = getattr(config, "eos_token_id", None)
-    return eos[0] if isinstance(eos, list) else eos
+    known = eos if isinstance(eos, list) else [eos]
+    try:
+        tokenizer = load_tokenizer(name, revision)
+    except ModelUnavailableError:
+        return known[0]
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    # Of a folder without a tokenizer transformers may make an empty one, whose EOS is no token of the model.
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in known else known[0]
 
 
 def _move_into_place(partial: Path, target: Path) -> None:

@@ -27,6 +27,14 @@ from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.callbacks.mask_refresh import CHECKPOINT_KEY as SELECTION_KEY
 from lift_lightning.errors import ConfigError
 from lift_lightning.evaluation.answering import Answering
+from lift_lightning.evaluation.classification import (
+    Classification,
+    MetricName,
+    Predictions,
+    check_padding,
+    judged_by,
+    labels_of,
+)
 from lift_lightning.evaluation.recorder import summary_table
 from lift_lightning.evaluation.results import source_commit
 from lift_lightning.evaluation.scoring import GenericKind
@@ -61,7 +69,7 @@ class LiftLightningModule(pl.LightningModule):
     Args:
         model_name_or_path: hub id or local folder of a transformers model.
         task: `causal_lm`, or `sequence_classification`.
-        num_labels: of a classification; 1 is a regression.
+        num_labels: of a classification; 1 is a regression; null takes what the DataModule says, else the checkpoint.
         method: `lift` trains selected entries of the targeted matrices; `full` trains every parameter.
         target_modules: what is trained sparsely: a preset (`all-linear`, `attention`, `mlp`, `q_proj`, ...), a regular
             expression, or a list of either.
@@ -85,6 +93,8 @@ class LiftLightningModule(pl.LightningModule):
         num_beams: of generation in `test` (the paper's code: 4).
         max_new_tokens: of an answer in `test`; null for each task's own limit (256; 32 where a label is asked for).
         predictions_dir: where `test` writes predictions; `predictions` beside the logs of the run if null.
+        metrics: of a classification's validation: `accuracy`, `f1` (of class 1), `matthews`, or of a regression
+            `pearson`, `spearman`; null takes those of the DataModule, else accuracy or both correlations.
         unknown_tasks: how `test` scores a file that is none of the known tasks: by its `number`, or its `exact` text;
             null refuses it.
 
@@ -120,6 +130,7 @@ class LiftLightningModule(pl.LightningModule):
         max_new_tokens: int | None = None,
         predictions_dir: str | None = None,
         unknown_tasks: GenericKind | None = None,
+        metrics: list[MetricName] | None = None,
     ) -> None:
         super().__init__()
         if accumulate_grad_batches < 1:
@@ -139,6 +150,8 @@ class LiftLightningModule(pl.LightningModule):
         ):
             if value not in get_args(choices):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+        if metrics is not None and task == "causal_lm":
+            raise ConfigError(f"metrics are of sequence_classification only, got {metrics}")
         self.save_hyperparameters()
         self.automatic_optimization = False
         self.model_name_or_path = model_name_or_path
@@ -152,6 +165,8 @@ class LiftLightningModule(pl.LightningModule):
         self._settings: list[dict[str, Any]] = []
         self._start_step()
         self._val_total, self._val_weight = self._loss, self._weight
+        self._labels: Classification | None = None  # of the DataModule, if it tells
+        self._predictions = Predictions()
 
     def _start_step(self) -> None:
         """Nothing is accumulated: sums over the micro-batches of the coming step."""
@@ -172,6 +187,9 @@ class LiftLightningModule(pl.LightningModule):
             files = self._make_empty_model()
         if files is None:
             self._load_whole_model()
+        if self._labels is not None:
+            check_padding(self.hf_model.config.pad_token_id, self.trainer.datamodule)
+        self._judged_by()  # refuses metrics that it cannot have
         if self.hparams.gradient_checkpointing:
             # Earlier versions of transformers 5 have it under the older name only.
             model = self.hf_model
@@ -287,7 +305,10 @@ class LiftLightningModule(pl.LightningModule):
         return [*super().configure_callbacks(), CountOptimizerSteps(self, self.hparams.accumulate_grad_batches)]
 
     def setup(self, stage: str) -> None:
-        """Refuse what would train wrong in silence."""
+        """Take from the DataModule what is left open, and refuse what would train wrong in silence."""
+        self._labels = labels_of(getattr(self.trainer, "datamodule", None), self.hparams.task, self.hparams.num_labels)
+        if self._labels is not None:
+            self.hparams.num_labels = self._labels.num_labels  # a checkpoint tells export
         if stage == "fit":
             refuse_unsupported(self.trainer)
             if isinstance(self.trainer.strategy, DDPStrategy):
@@ -438,10 +459,15 @@ class LiftLightningModule(pl.LightningModule):
             self._skips.look(every)
 
     def _summed_loss(self, batch: dict[str, Tensor]) -> SummedLoss:
+        return self._loss_of(self._logits(batch), batch["labels"])
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        if self.hparams.task == "causal_lm":
-            return causal_lm_loss(self(**inputs, use_cache=False).logits, batch["labels"])
-        return classification_loss(self(**inputs).logits, batch["labels"])
+        options = {"use_cache": False} if self.hparams.task == "causal_lm" else {}
+        return self(**inputs, **options).logits
+
+    def _loss_of(self, logits: Tensor, labels: Tensor) -> SummedLoss:
+        return (causal_lm_loss if self.hparams.task == "causal_lm" else classification_loss)(logits, labels)
 
     # ---------------------------------------------------------------- validation
 
@@ -449,22 +475,37 @@ class LiftLightningModule(pl.LightningModule):
         """Start the sums, in float32 and int64: a torchmetrics mean is cast with the module, and bfloat16 saturates."""
         self._val_total = torch.zeros((), dtype=torch.float32, device=self.device)
         self._val_weight = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._predictions = Predictions()
         self._ranks = all_ranks()
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Loss over the label tokens (or examples) of the whole validation set."""
-        loss = self._summed_loss(batch)
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Loss over the label tokens (or examples) of the whole validation set, and predictions of a classification."""
+        logits = self._logits(batch)
+        loss = self._loss_of(logits, batch["labels"])
         self._val_total += loss.total
         self._val_weight += loss.weight
+        if self.hparams.task != "causal_lm":
+            self._predictions.add(logits, batch["labels"], dataloader_idx)
+
+    def _judged_by(self) -> Classification | None:
+        if self.hparams.task == "causal_lm":
+            return None
+        num_labels = self.hf_model.config.num_labels
+        assert num_labels is not None, "transformers gives a classifier 2 if nothing else is said"
+        return judged_by(self._labels, num_labels, self.hparams.metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val_loss`, and `val_perplexity` over tokens for a language model."""
+        """Log `val_loss`; `val_perplexity` over tokens for a language model, the metrics of a classification."""
         total, weight = self._over_ranks(self._val_total, self._val_weight)
         mean = total / weight.clamp(min=1)
         # sync_dist changes nothing, all ranks have the same by now, and keeps Lightning from recommending it.
         self.log("val_loss", mean, prog_bar=True, sync_dist=True)
         if self.hparams.task == "causal_lm":
             self.log("val_perplexity", mean.exp(), sync_dist=True)
+        if (judged := self._judged_by()) is not None:
+            found = self._predictions.rows()
+            for name, value in judged.measure([found] if self._ranks is None else self._ranks.objects(found)).items():
+                self.log(f"val_{name}", value, prog_bar=True, sync_dist=True)
 
     # ---------------------------------------------------------------- test
 
@@ -481,19 +522,19 @@ class LiftLightningModule(pl.LightningModule):
             )
         hparams = self.hparams
         beside = self.trainer.log_dir or self.trainer.default_root_dir
-        self._predictions = Path(hparams.predictions_dir or Path(beside) / "predictions")
+        folder = Path(hparams.predictions_dir or Path(beside) / "predictions")
         self._answering = Answering(
             load_tokenizer(self.model_name_or_path, hparams.revision),
             hparams.num_beams,
             hparams.max_new_tokens,
-            self._predictions,
+            folder,
             self._about(),
             hparams.unknown_tasks,
             all_ranks(),
             in_step=isinstance(self.trainer.strategy, ModelParallelStrategy),
         )
         if self._answering.already:
-            rank_zero_info(f"{self._predictions} has {self._answering.already:,} answers of this test already")
+            rank_zero_info(f"{folder} has {self._answering.already:,} answers of this test already")
 
     def _about(self) -> dict[str, Any]:
         """What is tested, and how."""
@@ -523,7 +564,7 @@ class LiftLightningModule(pl.LightningModule):
             self.log(f"test_{task}_paper", found.accuracy_paper, sync_dist=True)
             self.log(f"test_{task}_strict", found.accuracy_strict, sync_dist=True)
         if self.trainer.is_global_zero:
-            Console().print(summary_table(summaries, self._predictions))
+            Console().print(summary_table(summaries, self._answering.folder))
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -84,3 +84,16 @@ def test_regression_loss(dtype: torch.dtype):
     assert count.item() == 2
     assert total.item() == 4.25  # 2^2 + 0.5^2
     assert total.dtype == torch.float32
+
+
+def test_rows_without_a_label_add_nothing():
+    logits = torch.tensor([[0.0, 0.0], [1.0, 5.0]], requires_grad=True)
+    total, count = classification_loss(logits, torch.tensor([0, IGNORE_INDEX]))
+    total.backward()
+    assert (total.item(), count.item()) == (pytest.approx(math.log(2)), 1)
+    assert logits.grad[1].tolist() == [0, 0]
+    scores = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    total, count = classification_loss(scores, torch.tensor([3.0, math.nan]))
+    total.backward()
+    assert (total.item(), count.item()) == (4.0, 1)
+    assert scores.grad.tolist() == [[-4.0], [0.0]]

@@ -125,6 +125,14 @@ def test_a_classifier_without_a_pad_token_gets_the_one_that_batches_have(tmp_pat
     assert model(input_ids=ids).logits.shape == (2, 2)
 
 
+def test_a_classifier_without_a_pad_token_gets_the_tokenizers_eos(tmp_path: Path) -> None:
+    """Of the several of LLaMA-3-Instruct's config, batches are padded with the tokenizer's, and it took the first."""
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=259, bos_token_id=1, eos_token_id=[9, 2])
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    byte_tokenizer(pad=False).save_pretrained(tmp_path)
+    assert load_model(tmp_path, task="sequence_classification").model.config.pad_token_id == 2
+
+
 def test_tokenizer_is_loaded(tiny_model_dir: Path) -> None:
     assert load_tokenizer(tiny_model_dir)("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
 

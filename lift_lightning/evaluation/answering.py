@@ -52,13 +52,14 @@ class Answering:
         self.max_new_tokens = max_new_tokens
         self.ranks = ranks
         self.in_step = in_step
-        self._folder, self._run, self._generic = folder, run, generic
+        self.folder = folder
+        self._run, self._generic = run, generic
         self._recorder: AnswerRecorder | None = None  # of the first rank
         self._answered = self._begin() if ranks is None else ranks.on_first(self._begin)
         self.already = sum(map(len, self._answered.values()))
 
     def _begin(self) -> Answered:
-        self._recorder = AnswerRecorder(self._folder, self._generic, self._run)
+        self._recorder = AnswerRecorder(self.folder, self._generic, self._run)
         return self._recorder.answered
 
     def answer(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
