@@ -6,6 +6,7 @@ if not __name__.startswith("lift_lightning."):
 from lift_lightning.datamodules.base import SFTDataModule
 from lift_lightning.datamodules.chat import ChatDataModule
 from lift_lightning.datamodules.finetuning import FineTuningDataModule
+from lift_lightning.datamodules.glue import GLUEDataModule
 from lift_lightning.datamodules.instruction import (
     AlpacaDataModule,
     Commonsense170KDataModule,
@@ -21,6 +22,7 @@ __all__ = [
     "ChatDataModule",
     "Commonsense170KDataModule",
     "FineTuningDataModule",
+    "GLUEDataModule",
     "GSM8KDataModule",
     "InstructionDataModule",
     "Math10KDataModule",

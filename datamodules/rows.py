@@ -143,7 +143,12 @@ def find_files(path: Path, split: str, option: str = "--data.path") -> list[Path
     )
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text of a file, without a mark of its encoding.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as err:
@@ -151,7 +156,7 @@ def _read_text(file: Path) -> str:
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, Row]]:
-    text = _read_text(file)
+    text = read_text(file)
     if not text.strip():
         raise DataError(f"{file} is empty: it must hold a list of objects")
     try:
@@ -160,16 +165,16 @@ def _read_json(file: Path) -> Iterator[tuple[int, Row]]:
         hint = "; one object per line is JSON lines: rename it to .jsonl" if err.msg == "Extra data" else ""
         raise DataError(f"{file} is not JSON at line {err.lineno}, column {err.colno}: {err.msg}{hint}") from err
     if not isinstance(data, list):
-        raise DataError(f"{file} holds {_describe(data)} at the top; it must be a list of objects, one per row")
+        raise DataError(f"{file} holds {describe(data)} at the top; it must be a list of objects, one per row")
     for number, row in enumerate(data, start=1):
         if not isinstance(row, dict):
-            raise DataError(f"{file}, row {number} is {_describe(row)}; each row must be an object with named columns")
+            raise DataError(f"{file}, row {number} is {describe(row)}; each row must be an object with named columns")
         yield number, row
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
     # Not str.splitlines: it also breaks at U+2028 and the like, which JSON strings may hold.
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -180,9 +185,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
                 "remove the line"
             ) from err
         if not isinstance(row, dict):
-            raise DataError(
-                f"{file}, line {number} is {_describe(row)}; each line must be an object with named columns"
-            )
+            raise DataError(f"{file}, line {number} is {describe(row)}; each line must be an object with named columns")
         yield number, row
 
 
@@ -240,7 +243,7 @@ def get_text(row: Row, name: str, where: str) -> str:
     """
     value = _get(row, name, where)
     if not isinstance(value, str):
-        raise DataError(f"{where}, column {name!r} is {_describe(value)}; it must be text")
+        raise DataError(f"{where}, column {name!r} is {describe(value)}; it must be text")
     return value
 
 
@@ -309,7 +312,7 @@ def _check_row(row: Row, i: int, rows: Rows, columns: Columns) -> Row:
     for name in columns.optional:
         given = row.get(name)
         if given is not None and not isinstance(given, str):
-            raise DataError(f"{rows.where(i)}, column {name!r} is {_describe(given)}; it must be text, or left out")
+            raise DataError(f"{rows.where(i)}, column {name!r} is {describe(given)}; it must be text, or left out")
         out[name] = given or ""
     if columns.answer is not None:
         if columns.needs_answer:
@@ -337,13 +340,11 @@ def _answer(value: Any, i: int, rows: Rows, columns: Columns) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, (str, int, float)):
-        raise DataError(
-            f"{rows.where(i)}, column {columns.answer!r} is {_describe(value)}; it must be text or a number"
-        )
+        raise DataError(f"{rows.where(i)}, column {columns.answer!r} is {describe(value)}; it must be text or a number")
     return str(value)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """`a number (3)`: a value's kind in the reader's words, and the value."""
     names = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "null" if value is None else f"{names.get(type(value), type(value).__name__)} ({_short(repr(value))})"

@@ -22,6 +22,11 @@ def without_answer(row: Row) -> Row:
     return {**row, "row": {**row["row"], "index": None}}
 
 
+def without_label(row: Row) -> Row:
+    """A row of a classification that counts for nothing."""
+    return {**row, "label": None}
+
+
 class EvaluationShard(Dataset):
     """Every W-th row of a dataset, beginning with that of this rank.
 

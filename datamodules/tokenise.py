@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 def encode_cached(
     examples: Sequence[Sequence[Any]],
-    encode: Callable[..., EncodedExample],
+    encode: Callable[..., Any],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     cache_dir: str | None = None,
+    kind: type = EncodedExample,
 ) -> datasets.Dataset:
     """Tokenise examples, or read the result of an earlier run from the cache.
 
@@ -31,16 +32,18 @@ def encode_cached(
 
     Args:
         examples: For each the arguments of `encode` between the tokenizer and `max_length`; as JSON has them.
-        encode: `encode_example` or `encode_turns`.
+        encode: `encode_example`, `encode_turns`, or another function whose result depends on its arguments alone.
         tokenizer: Of the model.
         max_length: Most ids of an example.
         cache_dir: Default: a folder in the cache of Hugging Face datasets.
+        kind: The dataclass that `encode` returns; its fields are the columns.
     """
     import datasets  # slow to import, and not every command needs it
 
     number = datasets.Value("int32")
-    schema = {"input_ids": datasets.List(number), "labels": datasets.List(number), "truncated": datasets.Value("bool")}
-    schema |= {"prompt_length": number, "full_length": number, "label_length": number}
+    columns = {list[int]: datasets.List(number), int: number, bool: datasets.Value("bool")}
+    columns[float] = datasets.Value("float64")
+    schema = {name: columns[hint] for name, hint in get_type_hints(kind).items()}
     texts = [json.dumps(example) for example in examples]
     what = [PROMPT_VERSION, encode.__name__, list(schema), max_length, tokenizer_hash(tokenizer), texts]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
@@ -58,6 +61,6 @@ def encode_cached(
 
 
 def _encode_row(
-    row: dict[str, Any], encode: Callable[..., EncodedExample], tokenizer: PreTrainedTokenizerBase, max_length: int
+    row: dict[str, Any], encode: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Any]:
     return vars(encode(tokenizer, *json.loads(row["example"]), max_length))

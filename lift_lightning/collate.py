@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -64,6 +65,36 @@ def collate_test(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> di
     """Left-padded prompts under `input_ids` and `attention_mask`, and under `rows` the `row` each one comes from."""
     batch: dict[str, Any] = {"rows": [example["row"] for example in examples]}
     return {**pad_prompts([example["input_ids"] for example in examples], pad_token_id), **batch}
+
+
+def collate_sentences(
+    examples: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    regression: bool = False,
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, Any]:
+    """Right-padded sentences with one label each.
+
+    Args:
+        examples: Each with `input_ids`, `token_type_ids` (empty where the model has none) and `label`, which is None
+            where the example does not count.
+        pad_token_id: Fills `input_ids`.
+        regression: Whether labels are real numbers.
+        pad_to_multiple_of: Round the length up to a multiple of this.
+
+    Returns:
+        `input_ids`, `attention_mask` and perhaps `token_type_ids`: int64, (batch, length). `labels`: class numbers,
+        int64, (batch,), -100 where there is none; of a regression a list, with NaN where there is none, because
+        Lightning would round a tensor of them to the model's dtype.
+    """
+    ids = [{"input_ids": example["input_ids"]} for example in examples]
+    batch: dict[str, Any] = dict(pad_batch(ids, pad_token_id, pad_to_multiple_of=pad_to_multiple_of))
+    if types := [example["token_type_ids"] for example in examples if example["token_type_ids"]]:
+        batch["token_type_ids"] = _stack(types, batch["input_ids"].shape[1], 0, "right")
+    labels = [example["label"] for example in examples]
+    if regression:
+        return {**batch, "labels": [math.nan if label is None else label for label in labels]}
+    return {**batch, "labels": torch.tensor([IGNORE_INDEX if label is None else int(label) for label in labels])}
 
 
 def _stack(rows: Sequence[Sequence[int]], width: int, fill: int, side: str) -> Tensor:

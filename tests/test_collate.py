@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from lift_lightning.collate import collate_test, pad_batch, pad_prompts
+from lift_lightning.collate import collate_sentences, collate_test, pad_batch, pad_prompts
 
 EXAMPLES = [
     {"input_ids": [5, 6, 2], "labels": [-100, 6, 2], "truncated": False},
@@ -60,3 +62,22 @@ def test_test_batch_keeps_its_rows():
 def test_raises(examples, options, message):
     with pytest.raises(ValueError, match=message):
         pad_batch(examples, 0, **options)
+
+
+def test_sentences_have_one_label_each():
+    rows = [
+        {"input_ids": [5, 6, 2], "token_type_ids": [0, 0, 1], "label": 1.0},
+        {"input_ids": [7], "token_type_ids": [0], "label": None},
+    ]
+    batch = collate_sentences(rows, pad_token_id=9, pad_to_multiple_of=4)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 2, 9], [7, 9, 9, 9]],
+        "attention_mask": [[1, 1, 1, 0], [1, 0, 0, 0]],
+        "token_type_ids": [[0, 0, 1, 0], [0, 0, 0, 0]],
+        "labels": [1, -100],
+    }
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    batch = collate_sentences([{**row, "token_type_ids": []} for row in rows], pad_token_id=9, regression=True)
+    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+    assert batch["labels"][0] == 1.0
+    assert math.isnan(batch["labels"][1])

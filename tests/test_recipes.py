@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = {
     "alpaca": ("AlpacaDataModule", 1, 16),
     "commonsense170k": ("Commonsense170KDataModule", 3, 16),
+    "glue": ("GLUEDataModule", 8, 32),
     "gsm8k": ("GSM8KDataModule", 3, 16),
     "s1k": ("S1KDataModule", 5, 16),
     "strategyqa": ("StrategyQADataModule", 3, 16),
