@@ -83,6 +83,10 @@ NOT_RUN = {
     "python main.py consolidate --ckpt_path runs/70b/step=400.ckpt --output runs/70b/step=400-whole.ckpt": (
         "tests/test_distributed.py makes such a folder and consolidates it"
     ),
+    "python main.py test --config configs/math10k.yaml --model.model_name_or_path SmolLM2-135M-Instruct "
+    "--model.num_beams 1 --data.test_limit 200 --data.eval_batch_size 32 --data.test_path '[AddSub/test.json,"
+    "MultiArith/test.json,gsm8k/test.json,boolq/test.json,ARC-Easy/test.json,openbookqa/test.json]' "
+    "--trainer.accelerator cpu --trainer.precision 32-true": "needs the test sets and a real model, and an hour",
     "torchrun --nproc-per-node 2 examples/plug_in_fsdp2.py": "tests/test_examples.py runs it",
     "pip install -c constraints.txt -e .": "changes the environment of the tests; tests/test_packaging.py installs",
 }
