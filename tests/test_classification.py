@@ -142,6 +142,7 @@ def test_what_data_say_is_followed_or_refused():
 def test_batches_and_model_have_one_padding():
     tokenizer = SimpleNamespace(convert_ids_to_tokens={7: "<unk>"}.get)
     check_padding(7, SimpleNamespace(pad_token_id=7))
+    check_padding(7, object())  # of the user's own, which says nothing
     with pytest.raises(
         ConfigError, match="padded with token 2 and the model takes token 7 .* --data.pad_token '<unk>'"
     ):

@@ -90,6 +90,15 @@ NOT_RUN = {
     "torchrun --nproc-per-node 2 examples/plug_in_fsdp2.py": "tests/test_examples.py runs it",
     "pip install -c constraints.txt -e .": "changes the environment of the tests; tests/test_packaging.py installs",
 }
+# Of docs/glue.md: they need GLUE, or models of the hub. tests/test_glue.py runs such commands on rows made there.
+NOT_RUN |= dict.fromkeys(
+    (
+        "python main.py fit --config configs/glue.yaml --data.task cola",
+        "python main.py fit --config configs/glue.yaml --data.task rte --trainer.max_epochs 10 "
+        "--data.path path/to/RTE --model.model_name_or_path path/to/a/model",
+    ),
+    "needs GLUE",
+)
 # make X is looked up in the Makefile, and not run: the tests are among its targets.
 
 TITLE = re.compile(r'title="([^"]+)"')

@@ -108,12 +108,15 @@ def judged_by(labels: Classification | None, num_labels: int, metrics: Sequence[
 def check_padding(pad_token_id: int | None, data: Any) -> None:
     """A decoder's classifier reads the last token that is not padding, and has to know which is.
 
+    A DataModule of the user's own need not tell what it pads with.
+
     Raises:
         ConfigError: if the batches are padded with another token than the model's.
     """
-    if pad_token_id != data.pad_token_id:
+    padded_with = getattr(data, "pad_token_id", pad_token_id)
+    if padded_with != pad_token_id:
         raise ConfigError(
-            f"batches are padded with token {data.pad_token_id} and the model takes token {pad_token_id} for padding: "
+            f"batches are padded with token {padded_with} and the model takes token {pad_token_id} for padding: "
             f"set --data.pad_token {data.tokenizer.convert_ids_to_tokens(pad_token_id)!r}"
         )
 
