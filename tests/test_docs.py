@@ -96,6 +96,9 @@ NOT_RUN |= dict.fromkeys(
         "python main.py fit --config configs/glue.yaml --data.task cola",
         "python main.py fit --config configs/glue.yaml --data.task rte --trainer.max_epochs 10 "
         "--data.path path/to/RTE --model.model_name_or_path path/to/a/model",
+        "python main.py fit --config configs/glue.yaml --trainer.accelerator cpu --data.task sst2 --data.path "
+        "path/to/SST-2 --model.model_name_or_path path/to/SmolLM2-135M --lift.rank 16 --lift.lra_rank 16 "
+        "--lift.interval 20 --data.max_samples 1024 --trainer.max_epochs 1 --model.lr 1e-3",
     ),
     "needs GLUE",
 )
