@@ -208,8 +208,9 @@ _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parque
 def _read_hub(path: str, split: str, revision: str | None, subset: str | None, option: str) -> Rows:
     import datasets
 
+    named = {} if subset is None else {"name": subset}
     try:
-        data = datasets.load_dataset(path, subset, split=split, revision=revision)
+        data = datasets.load_dataset(path, split=split, revision=revision, **named)
     except Exception as err:  # the hub client raises many kinds: offline, not found, gated, no such split
         reason = (str(err).splitlines() or [""])[0]
         raise DataError(

@@ -144,3 +144,16 @@ def test_batches_of_like_lengths_have_little_padding(tmp_path: Path):
     masks = [batch["attention_mask"] for batch in data.train_dataloader()]
     padding = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
     assert padding <= 0.1
+
+
+def test_gsm8k_of_the_hub_is_its_main_configuration(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def load(path, **options):
+        asked.append((path, options))
+        return [{"question": "How much?", "answer": "One.\n#### 1"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    rows = GSM8KDataModule(revision="abc").read("openai/gsm8k", "train").rows
+    assert asked == [("openai/gsm8k", {"split": "train", "revision": "abc", "name": "main"})]
+    assert rows == [{"instruction": "How much?", "output": "One.\n#### 1", "answer": "1"}]
