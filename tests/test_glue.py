@@ -132,8 +132,8 @@ def test_columns_of_the_hub(task, make, tmp_path, monkeypatch):
     assert make(task, tmp_path).read("train").rows == rows  # a folder with one of the task in it
     asked = []
 
-    def load_dataset(path, subset, *, split, revision):
-        asked.append((path, subset, split, revision))
+    def load_dataset(path, *, name, split, revision):
+        asked.append((path, name, split, revision))
         return hub_rows(task, 8)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
