@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,11 @@ def _child(rank: int, work: Callable[..., Any], ranks: int, port: int, folder: P
     torch.save(result, folder / f"rank{rank}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
+    # A thread of gloo may still hold a tensor of the last collective. Where it lets go of it while the interpreter shuts
+    # down, the process aborts, long after its work is done (pytorch/pytorch#179291), so it ends without shutting down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *arguments: Any) -> list[Any]:
