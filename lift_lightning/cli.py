@@ -20,7 +20,7 @@ from lift_lightning.datamodules import FineTuningDataModule, SFTDataModule
 from lift_lightning.datamodules.finetuning import DEFAULT_SEED
 from lift_lightning.datamodules.rows import DataError
 from lift_lightning.errors import CheckpointError, ConfigError
-from lift_lightning.evaluation.scoring import is_known
+from lift_lightning.evaluation.tasks import is_known
 from lift_lightning.export import export
 from lift_lightning.models import ModelUnavailableError
 from lift_lightning.module import LiftLightningModule

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lift_lightning.datamodules import SFTDataModule
 from lift_lightning.evaluation.answering import Answering
 from lift_lightning.evaluation.predictions import Summary
-from lift_lightning.evaluation.scoring import GenericKind
+from lift_lightning.evaluation.tasks import GenericKind
 
 
 def evaluate(

@@ -37,7 +37,7 @@ from lift_lightning.evaluation.classification import (
 )
 from lift_lightning.evaluation.recorder import summary_table
 from lift_lightning.evaluation.results import source_commit
-from lift_lightning.evaluation.scoring import GenericKind
+from lift_lightning.evaluation.tasks import GenericKind
 from lift_lightning.losses import SummedLoss, causal_lm_loss, classification_loss
 from lift_lightning.models import ModelTask, keep_buffer_dtypes, load_empty_model, load_model, load_tokenizer
 from lift_lightning.monitoring import StepMeter

@@ -20,7 +20,8 @@ from lift_lightning.datamodules import (
     StrategyQADataModule,
 )
 from lift_lightning.datamodules.rows import DataError, read_rows
-from lift_lightning.evaluation.scoring import get_task, score
+from lift_lightning.evaluation.scoring import score
+from lift_lightning.evaluation.tasks import get_task
 from lift_lightning.prompts import render_prompt
 
 DATA, MODEL = os.environ.get("LIFT_DATA_DIR"), os.environ.get("LIFT_SMOLLM2_DIR")

@@ -31,6 +31,7 @@ LEVELS = {
     "lift_lightning.monitoring": 0,
     "lift_lightning.rng": 0,
     "lift_lightning.evaluation.scoring": 0,
+    "lift_lightning.evaluation.tasks": 0,
     "lift_lightning.selection": 1,
     "lift_lightning.plan": 1,
     "lift_lightning.param_groups": 1,

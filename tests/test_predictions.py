@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lift_lightning.evaluation.predictions import Prediction, PredictionWriter, read_predictions, summarise
-from lift_lightning.evaluation.scoring import get_task
+from lift_lightning.evaluation.tasks import get_task
 
 
 def prediction(index: int, text: str, gold: str = "4", task: str = "addsub") -> Prediction:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lift_lightning.evaluation.scoring import ARITHMETIC, COMMONSENSE, Task, extract, get_task, parse_gold, score
+from lift_lightning.evaluation.scoring import extract, parse_gold, score
+from lift_lightning.evaluation.tasks import ARITHMETIC, COMMONSENSE, Task, get_task
 
 # text, what rule `paper` reads, what rule `strict` reads
 NUMBERS = [

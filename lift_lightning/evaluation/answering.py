@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lift_lightning.evaluation.generation import GenerationSettings, generate_within_memory
 from lift_lightning.evaluation.predictions import Summary
 from lift_lightning.evaluation.recorder import Answered, AnswerRecorder, is_answered
-from lift_lightning.evaluation.scoring import GenericKind, get_task
+from lift_lightning.evaluation.tasks import GenericKind, get_task
 from lift_lightning.sharding import Ranks
 
 

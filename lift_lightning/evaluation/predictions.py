@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 
-from lift_lightning.evaluation.scoring import Answer, Rule, Task, score
+from lift_lightning.evaluation.scoring import Answer, Rule, score
+from lift_lightning.evaluation.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.table import Table
 from lift_lightning.errors import ConfigError
 from lift_lightning.evaluation.predictions import Prediction, PredictionWriter, Summary, read_unfinished, summarise
 from lift_lightning.evaluation.results import means, results, same_run, wilson_interval, write_json
-from lift_lightning.evaluation.scoring import GenericKind, get_task
+from lift_lightning.evaluation.tasks import GenericKind, get_task
 
 # By task: the questions that are answered, by their place in the test set.
 Answered = dict[str, dict[int, str]]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lift_lightning.evaluation.predictions import Summary
-from lift_lightning.evaluation.scoring import ARITHMETIC, COMMONSENSE, Rule, get_task
+from lift_lightning.evaluation.scoring import Rule
+from lift_lightning.evaluation.tasks import ARITHMETIC, COMMONSENSE, get_task
 
 RULES: tuple[Rule, ...] = ("paper", "strict")
 # Easy and hard are those of the paper's Fig. 4. The hard ones are also those whose questions are not in the training

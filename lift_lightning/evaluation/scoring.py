@@ -1,51 +1,24 @@
-"""Tasks with their versions, and two rules that read an answer out of a model's text.
+"""Two rules that read an answer out of a model's text.
 
 Rule `paper` is the one that the LIFT paper's figures were made with (the evaluation code of LLM-Adapters); it exists
 for comparison and keeps that code's faults: "The Answer is B" reads as A, "10-5" as -5, and any number at the end of
 the text counts. Rule `strict` reads the number, letter or label that the text states as its answer, and nothing where
 it states none. Both are reported.
-
-A change to how a task reads or scores answers raises the task's version.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
-Kind = Literal["number", "letter", "label", "exact"]
-GenericKind = Literal["number", "exact"]
+from lift_lightning.evaluation.tasks import Task
+
 Rule = Literal["paper", "strict"]
 Answer = float | str | None
 
 # |gold - answer| up to which two numbers are the same (LLM-Adapters, evaluate.py).
 TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a test set asks for.
-
-    Attributes:
-        name: as it stands in results; lower case for the known tasks.
-        version: of the extraction and scoring of this task.
-        kind: `number`; `letter`, one of `labels`; `label`, one of `labels` as a word; `exact`, the whole text.
-        folder: the task's folder in the LLM-Adapters collection; empty for a file of the user's own.
-        labels: the answers that there are, for `letter` and `label`.
-    """
-
-    name: str
-    version: int
-    kind: Kind
-    folder: str = ""
-    labels: tuple[str, ...] = ()
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Where a completion ends that has not ended by itself, as in LLM-Adapters' code: a label needs no reasons."""
-        return 32 if self.kind == "label" else 256
 
 
 class Score(TypedDict):
@@ -55,76 +28,6 @@ class Score(TypedDict):
     strict_answer: Answer
     paper: bool
     strict: bool
-
-
-def _numbered(word: str, count: int) -> tuple[str, ...]:
-    return tuple(f"{word}{i}" for i in range(1, count + 1))
-
-
-ARITHMETIC = (
-    Task("multiarith", 1, "number", "MultiArith"),
-    Task("gsm8k", 1, "number", "gsm8k"),
-    Task("addsub", 1, "number", "AddSub"),
-    Task("aqua", 1, "letter", "AQuA", tuple("ABCDE")),
-    Task("singleeq", 1, "number", "SingleEq"),
-    Task("svamp", 1, "number", "SVAMP"),
-    Task("mawps", 1, "number", "mawps"),
-)
-COMMONSENSE = (
-    Task("boolq", 1, "label", "boolq", ("true", "false")),
-    Task("piqa", 1, "label", "piqa", _numbered("solution", 2)),
-    Task("social_i_qa", 1, "label", "social_i_qa", _numbered("answer", 5)),
-    Task("hellaswag", 1, "label", "hellaswag", _numbered("ending", 4)),
-    Task("winogrande", 1, "label", "winogrande", _numbered("option", 2)),
-    Task("arc-easy", 1, "label", "ARC-Easy", _numbered("answer", 5)),
-    Task("arc-challenge", 1, "label", "ARC-Challenge", _numbered("answer", 5)),
-    Task("openbookqa", 1, "label", "openbookqa", _numbered("answer", 5)),
-)
-REASONING = (Task("strategyqa", 1, "label", labels=("true", "false")),)
-
-
-# Of the bundled model, see lift_lightning/quickstart.
-QUICKSTART = (
-    Task("quickstart-source", 1, "exact"),
-    Task("quickstart-bridge", 1, "number"),
-    Task("quickstart-target", 1, "number"),
-)
-
-
-def _key(name: str) -> str:
-    return re.sub(r"[-_\s]", "", name).lower()
-
-
-TASKS = {_key(task.name): task for task in (*ARITHMETIC, *COMMONSENSE, *REASONING, *QUICKSTART)}
-
-
-def is_known(name: str) -> bool:
-    """Whether the task of this name comes with its own scoring."""
-    return _key(name) in TASKS
-
-
-def get_task(name: str, *, generic: GenericKind | None = None) -> Task:
-    """The task of this name; upper and lower case, hyphens and underscores make no difference.
-
-    Args:
-        name: of a known task or its folder, as `AddSub`, or of a test set of the user's own.
-        generic: how to score a test set that is not known: `number`, by the rules of the arithmetic tasks, or `exact`,
-            the whole text. No effect on known names.
-
-    Raises:
-        ValueError: if the name is not known and `generic` is not given, or `generic` is no kind.
-    """
-    if generic is not None and generic not in get_args(GenericKind):
-        raise ValueError(f"generic must be one of {', '.join(get_args(GenericKind))}, got {generic!r}")
-    if (task := TASKS.get(_key(name))) is not None:
-        return task
-    if generic is None:
-        known = ", ".join(task.name for task in TASKS.values())
-        raise ValueError(
-            f"unknown task {name!r}; known are {known}. "
-            "For a test set of your own say how it is scored: generic='number' or generic='exact'"
-        )
-    return Task(name, 1, generic)
 
 
 def score(task: Task, prediction: str, gold: str | float) -> Score:
@@ -214,7 +117,10 @@ def _paper_number(text: str) -> float | None:
 
 
 def _paper_choice(task: Task, text: str) -> str | None:
-    """The first letter anywhere, inside words too; labels in lower case."""
+    """The first letter anywhere, inside words too; labels in lower case. A task may have a cue instead."""
+    if task.cue:
+        found = re.findall(task.cue, text)
+        return found[-1] if found else None
     match = re.search("|".join(task.labels), text if task.kind == "letter" else text.lower())
     return match[0] if match else None
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lift_lightning.collate import collate_test
 from lift_lightning.evaluation.generation import GenerationSettings, generate
-from lift_lightning.evaluation.scoring import get_task, score
+from lift_lightning.evaluation.scoring import score
+from lift_lightning.evaluation.tasks import get_task
 from lift_lightning.prompts import choose_pad_id, encode_prompt, render_prompt
 from lift_lightning.quickstart.problems import Split
 from lift_lightning.quickstart.text import Question, Skill, questions
@@ -19,7 +20,7 @@ SETTINGS = GenerationSettings(num_beams=1, max_new_tokens=40)  # the longest wor
 
 
 def task_name(skill: Skill) -> str:
-    """The name by which `evaluation.scoring` knows it."""
+    """The name by which `evaluation.tasks` knows it."""
     return f"quickstart-{skill}"
 
 
