@@ -20,12 +20,12 @@ from lift_lightning.datamodules.rows import (
     Rows,
     check_rows,
     drop_empty,
-    name_tasks,
     question_key,
-    read_rows,
     split_rows,
 )
 from lift_lightning.datamodules.shards import without_answer, without_labels
+from lift_lightning.datamodules.sources import read_rows
+from lift_lightning.datamodules.test_sets import as_questions, name_tasks, source_of, suite_files
 from lift_lightning.datamodules.tokenise import encode_cached
 from lift_lightning.prompts import encode_example, encode_prompt, render_prompt
 
@@ -63,14 +63,17 @@ class SFTDataModule(FineTuningDataModule):
     A dataset of another shape overrides `columns`, `test_columns` and `to_example`; one from elsewhere, `read`.
 
     Args:
-        path: Training rows: a .json, .jsonl or .parquet file, a folder with one, or a Hugging Face hub id.
+        path: Training rows: a .json, .jsonl, .parquet or .csv file, a folder with one, the address of one, or a Hugging
+            Face hub id; null where there is nothing to train on.
         tokenizer: A tokenizer, or the folder or hub id of one; on the command line model.model_name_or_path if not
             given.
         batch_size: Examples per batch and device.
         max_length: Most tokens per training example; the tail of a longer answer is cut, counted and reported.
         val_size: Rows held out for validation, drawn by the seed; 0 for none.
         test_path: Test rows in the same format with an `answer` column: a file, a list of files, or a mapping of task
-            names to files. One loader each.
+            names to files. One loader each. With test_suite, the folder that has its test sets.
+        test_suite: Published test sets: `arithmetic`, `commonsense`, the name of a task, or several of these. They are
+            downloaded unless test_path says where they are.
         test_limit: Take at most so many rows from the start of each test file.
         skip_empty: Leave out rows with an empty instruction or output instead of raising an error.
         subset: Configuration of a hub dataset that has several.
@@ -83,13 +86,14 @@ class SFTDataModule(FineTuningDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         batch_size: int = 16,
         max_length: int = 2048,
         val_size: int = 100,
         test_path: str | list[str] | dict[str, str] | None = None,
         *,
+        test_suite: str | list[str] | None = None,
         test_limit: int | None = None,
         skip_empty: bool = False,
         subset: str | None = None,
@@ -100,7 +104,7 @@ class SFTDataModule(FineTuningDataModule):
         if val_size < 0:
             raise DataError(f"val_size must not be negative, got {val_size}: set --data.val_size (0 for no validation)")
         self.val_size = val_size
-        self.test_files = name_tasks(test_path)
+        self.test_files = name_tasks(test_path) if test_suite is None else suite_files(test_suite, test_path)
         self.test_limit = test_limit
         self.skip_empty = skip_empty
         self.subset = subset
@@ -111,7 +115,15 @@ class SFTDataModule(FineTuningDataModule):
     def read(self, path: str, split: Literal["train", "test"]) -> Rows:
         """The raw rows of the training data or of one test set."""
         if split == "test":
-            return read_rows(path, split, option="--data.test_path")
+            source = source_of(path)
+            same = path == self.path  # the other split of what is trained on
+            return read_rows(
+                path,
+                source.split,
+                revision=self.revision if same else source.revision,
+                subset=self.subset if same else source.subset,
+                option="--data.test_path",
+            )
         return read_rows(path, split, revision=self.revision, subset=self.subset)
 
     def to_example(self, row: Row) -> tuple[str, str]:
@@ -156,7 +168,8 @@ class SFTDataModule(FineTuningDataModule):
         """
         if not self.test_files:
             raise DataError(
-                "there is nothing to test on: set --data.test_path to a file with instruction, input and answer"
+                "there is nothing to test on: set --data.test_suite, or --data.test_path to a file with instruction, "
+                "input and answer"
             )
         tasks = self._ready(self._test_rows, "test")
         collate = partial(collate_test, pad_token_id=self.pad_token_id)
@@ -175,6 +188,8 @@ class SFTDataModule(FineTuningDataModule):
         tokenizer = self._ready_tokenizer()
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token, so no answer can be ended: set its eos_token")
+        if self.path is None:
+            raise DataError("there is nothing to train on: set --data.path")
         read = self.read(self.path, "train")
         self.check_source(read)
         rows = self.check(drop_empty(read, self.columns) if self.skip_empty else read)
@@ -222,7 +237,7 @@ class SFTDataModule(FineTuningDataModule):
         self._ready_tokenizer()
         self._test_rows = {}
         for task, path in self.test_files.items():
-            rows = check_rows(self.read(path, "test"), self.test_columns)
+            rows = check_rows(as_questions(task, self.read(path, "test"), self.seed), self.test_columns)
             self._test_rows[task] = rows.subset(range(len(rows))[: self.test_limit])
 
     def _warn_of_overlap(self, task: str, tests: Rows, train: list[Row]) -> None:

@@ -36,7 +36,7 @@ class ChatDataModule(SFTDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         messages_column: str = "messages",

@@ -34,7 +34,7 @@ class FineTuningDataModule(LightningDataModule, ABC):
     `collate_training` takes and `full_length`.
 
     Args:
-        path: Rows: local files or a Hugging Face hub id.
+        path: Rows: local files or a Hugging Face hub id; null where there is nothing to train on.
         tokenizer: A tokenizer, or the folder or hub id of one; on the command line model.model_name_or_path if not
             given.
         batch_size: Examples per batch and device.
@@ -57,7 +57,7 @@ class FineTuningDataModule(LightningDataModule, ABC):
 
     def __init__(
         self,
-        path: str,
+        path: str | None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         batch_size: int = 16,

@@ -25,12 +25,10 @@ from lift_lightning.datamodules.rows import (
     converted,
     describe,
     get_text,
-    looks_local,
-    read_rows,
-    read_text,
     split_rows,
 )
 from lift_lightning.datamodules.shards import without_label
+from lift_lightning.datamodules.sources import looks_local, read_rows, read_text
 from lift_lightning.datamodules.tokenise import encode_cached
 from lift_lightning.evaluation.classification import Classification
 from lift_lightning.evaluation.glue import GLUE, GlueTask
@@ -110,6 +108,7 @@ class GLUEDataModule(FineTuningDataModule):
         **kwargs: As for `FineTuningDataModule`.
     """
 
+    path: str
     classification: Classification
 
     def __init__(

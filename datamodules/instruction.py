@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from lift_lightning.datamodules.base import SFTDataModule
-from lift_lightning.datamodules.rows import DataError, Row, Rows, converted, get_text
-
-_CALCULATION = re.compile(r"<<[^<>]*>>")
+from lift_lightning.datamodules.layouts import from_gsm8k, from_strategyqa
+from lift_lightning.datamodules.rows import DataError, Row, Rows, converted
+from lift_lightning.evaluation.tasks import LLM_ADAPTERS
 
 
 class InstructionDataModule(SFTDataModule):
@@ -28,7 +27,7 @@ class InstructionDataModule(SFTDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         instruction_column: str = "instruction",
@@ -48,6 +47,8 @@ class InstructionDataModule(SFTDataModule):
     def read(self, path: str, split: Literal["train", "test"]) -> Rows:
         """The rows with their columns under the names that the rest of the package knows."""
         rows = super().read(path, split)
+        if split == "test" and rows.rows[0].keys() >= {"instruction", "answer"}:
+            return rows  # a published test set
         for wanted, theirs in self.names.items():
             needed = wanted in (self.columns.text if split == "train" else ("instruction", "answer"))
             if needed and not any(theirs in row for row in rows.rows):
@@ -77,7 +78,7 @@ class Commonsense170KDataModule(SFTDataModule):
 
     def __init__(
         self,
-        path: str = "zwhe99/commonsense_170k",
+        path: str = f"{LLM_ADAPTERS}/ft-training_set/commonsense_170k.json",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
@@ -133,21 +134,7 @@ class GSM8KDataModule(SFTDataModule):
 
     def read(self, path: str, split: Literal["train", "test"]) -> Rows:
         """Question, worked answer, and the number that it ends in."""
-        return converted(super().read(path, split), _from_gsm8k)
-
-
-def _from_gsm8k(row: Row, where: str) -> Row:
-    if "question" not in row:
-        return row
-    worked, mark, number = get_text(row, "answer", where).rpartition("####")
-    if not mark:
-        raise DataError(f"{where}, column 'answer' does not end in '#### N', as those of GSM8K do: correct it")
-    worked, number = _CALCULATION.sub("", worked).strip(), number.strip()
-    return {
-        "instruction": row["question"],
-        "output": f"{worked}\n#### {number}",
-        "answer": number.replace(",", ""),
-    }
+        return converted(super().read(path, split), from_gsm8k)
 
 
 class StrategyQADataModule(SFTDataModule):
@@ -169,22 +156,4 @@ class StrategyQADataModule(SFTDataModule):
 
     def read(self, path: str, split: Literal["train", "test"]) -> Rows:
         """An instruction that says how to answer, and `true` or `false`."""
-        return converted(super().read(path, split), _from_strategyqa)
-
-
-_TRUTH = {"true": "true", "yes": "true", "false": "false", "no": "false"}
-
-
-def _from_strategyqa(row: Row, where: str) -> Row:
-    if "question" not in row:
-        return row
-    answer = _TRUTH.get(str(row.get("answer")).strip().lower())
-    if answer is None:
-        raise DataError(f"{where}, column 'answer' is {row.get('answer')!r}; it must be true or false, or yes or no")
-    question = get_text(row, "question", where)
-    return {
-        "instruction": f"Please answer the following question with true or false, question: {question}\n\n"
-        "Answer format: true/false",
-        "output": f"the correct answer is {answer}",
-        "answer": answer,
-    }
+        return converted(super().read(path, split), from_strategyqa)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lift_lightning.datamodules.base import SFTDataModule
 from lift_lightning.datamodules.rows import DataError, Rows, question_key
+from lift_lightning.evaluation.tasks import LLM_ADAPTERS
 
 # sha256 (16 hex digits) of `question_key` of 16 GSM8K and 8 AQuA *test* questions in LLM-Adapters' math_data.json.
 # MATH-10K itself has none: it is made of training sets (it meets AddSub, MultiArith and SingleEq in MAWPS's).
@@ -64,7 +65,7 @@ class Math10KDataModule(SFTDataModule):
 
     def __init__(
         self,
-        path: str = "lmms-lab/Math10K",
+        path: str = f"{LLM_ADAPTERS}/ft-training_set/math_10k.json",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         allow_leaked: bool = False,
@@ -89,8 +90,7 @@ class Math10KDataModule(SFTDataModule):
             return
         raise DataError(
             f"{rows.source} {reason}: a model trained on it is tested on its own training data. Use math_10k.json "
-            "(hub: "
-            "lmms-lab/Math10K); to train on this file all the same, set --data.allow_leaked true"
+            "(hub: lmms-lab/Math10K); to train on this file all the same, set --data.allow_leaked true"
         )
 
 

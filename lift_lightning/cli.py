@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -102,13 +103,20 @@ class LiftCLI(LightningCLI):
                 f"test generates answers, which model.task={model.hparams.task} does not do: use validate"
             )
         if not data.test_tasks:
-            raise ConfigError("there is nothing to test on: set --data.test_path to a file with questions and answers")
+            raise ConfigError(
+                "there is nothing to test on: set --data.test_suite, or --data.test_path to a file with questions and "
+                "answers"
+            )
         for task in data.test_tasks:
             if model.hparams.unknown_tasks is None and not is_known(task):
                 raise ConfigError(
                     f"{task!r} is none of the known tasks: say with --model.unknown_tasks number (or exact) how it is "
                     "scored, or name the known task that it is: --data.test_path '{addsub: FILE}'"
                 )
+
+    def test(self, **arguments: Any) -> None:
+        """Without Lightning's table, which has a column for each test set and every metric in all of them."""
+        self.trainer.test(**{**arguments, "verbose": False})
 
     def _parse_ckpt_path(self) -> None:
         # Lightning lets the hyperparameters of the checkpoint win over the command line and the config. Here what is
@@ -125,7 +133,7 @@ class RunCLI(LiftCLI):
 
     def after_fit(self) -> None:
         """Test with the same Trainer."""
-        self.trainer.test(self.model, datamodule=self.datamodule)
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
 def lightning_cli(args: ArgsType = None, run: bool = True, cli: type[LiftCLI] = LiftCLI) -> LiftCLI:

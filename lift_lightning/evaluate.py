@@ -18,12 +18,15 @@ from lift_lightning.evaluation.tasks import GenericKind
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: str | Sequence[str] | Mapping[str, str],
+    tasks: str | Sequence[str] | Mapping[str, str] | None,
     folder: str | Path,
     *,
     num_beams: int = 4,
     max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int = 43,
     batch_size: int = 16,
+    suite: str | Sequence[str] | None = None,
     limit: int | None = None,
     unknown_tasks: GenericKind | None = None,
     run: Mapping[str, Any] | None = None,
@@ -35,12 +38,17 @@ def evaluate(
         model: a causal language model, on any device.
         tokenizer: its own.
         tasks: test files: one, several, or a mapping of task names to files. A file `<name>/test.json` is the task
-            `<name>`, any other one that of its name.
+            `<name>`, any other one that of its name. With a suite, the folder that has its test sets, or None.
         folder: where predictions and `results.json` go. An earlier call that broke off there, with the same settings,
             is taken up where it was.
         num_beams: width of the beam search; 1 is greedy.
         max_new_tokens: of an answer; None for each task's own limit.
+        temperature: of answers that are drawn from the model's distribution; None for the likeliest answer that the
+            beams find.
+        seed: of drawing, and of the order of choices where a task has none of its own.
         batch_size: prompts that are answered together, halved when they do not fit into the memory.
+        suite: published test sets: `arithmetic`, `commonsense`, the name of a task, or several of these; downloaded
+            unless `tasks` says where they are.
         limit: of the rows of each file, from its start.
         unknown_tasks: how files that are no known task are scored, by their `number` or their `exact` text.
         run: what else is written to the results, such as the name of the model.
@@ -53,12 +61,28 @@ def evaluate(
         DataError: if a file is not there or has rows without question or answer.
         ConfigError: if the folder has unfinished predictions of another run.
     """
-    files = dict(tasks) if isinstance(tasks, Mapping) else tasks if isinstance(tasks, str) else list(tasks)
-    data = SFTDataModule("", tokenizer, test_path=files, eval_batch_size=batch_size, test_limit=limit)
+    files = dict(tasks) if isinstance(tasks, Mapping) else tasks if isinstance(tasks, str | None) else list(tasks)
+    data = SFTDataModule(
+        None,
+        tokenizer,
+        test_path=files,
+        test_suite=suite if isinstance(suite, str | None) else list(suite),
+        eval_batch_size=batch_size,
+        test_limit=limit,
+        seed=seed,
+    )
     data.setup("test")
-    settings = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False, "limit": limit}
+    settings = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    about = {**settings, "seed": seed, "limit": limit, **(run or {})}
     answering = Answering(
-        tokenizer, num_beams, max_new_tokens, Path(folder), {**settings, **(run or {})}, unknown_tasks
+        tokenizer,
+        num_beams,
+        max_new_tokens,
+        Path(folder),
+        about,
+        unknown_tasks,
+        temperature=temperature,
+        seed=seed,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("samples"))
     with Progress(*columns, TaskProgressColumn(show_speed=True), TimeRemainingColumn(), disable=not progress) as bar:

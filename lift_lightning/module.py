@@ -92,6 +92,8 @@ class LiftLightningModule(pl.LightningModule):
         revision: of the model on the hub.
         num_beams: of generation in `test` (the paper's code: 4).
         max_new_tokens: of an answer in `test`; null for each task's own limit (256; 32 where a label is asked for).
+        temperature: of answers that are drawn from the model's distribution, by the seed of the run; null for the
+            likeliest answer that the beams find.
         predictions_dir: where `test` writes predictions; `predictions` beside the logs of the run if null.
         metrics: of a classification's validation: `accuracy`, `f1` (of class 1), `matthews`, or of a regression
             `pearson`, `spearman`; null takes those of the DataModule, else accuracy or both correlations.
@@ -128,6 +130,7 @@ class LiftLightningModule(pl.LightningModule):
         revision: str | None = None,
         num_beams: int = 4,
         max_new_tokens: int | None = None,
+        temperature: float | None = None,
         predictions_dir: str | None = None,
         unknown_tasks: GenericKind | None = None,
         metrics: list[MetricName] | None = None,
@@ -531,6 +534,8 @@ class LiftLightningModule(pl.LightningModule):
             self._about(),
             hparams.unknown_tasks,
             all_ranks(),
+            temperature=hparams.temperature,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 43)),
             in_step=isinstance(self.trainer.strategy, ModelParallelStrategy),
         )
         if self._answering.already:
@@ -546,7 +551,7 @@ class LiftLightningModule(pl.LightningModule):
             "precision": self.trainer.precision,
             "num_beams": hparams.num_beams,
             "max_new_tokens": hparams.max_new_tokens,
-            "do_sample": False,
+            "temperature": hparams.temperature,
             "seed": os.environ.get("PL_GLOBAL_SEED"),
             "lift_lightning": __version__,
             "commit": source_commit(),
@@ -556,6 +561,9 @@ class LiftLightningModule(pl.LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Generate answers to one left-padded batch of prompts and score them, those that are not there yet."""
         self._answering.answer(self.hf_model, batch)
+        # Lightning's bar counts batches. A name of its own for each task, since a metric may not be of two loaders.
+        name = f"{batch['rows'][0]['task']}_samples_per_second"
+        self.log(name, self._answering.rate, prog_bar=True, logger=False, add_dataloader_idx=False, batch_size=1)
 
     def on_test_epoch_end(self) -> None:
         """Log each task's accuracy by both rules, and print them as a table."""

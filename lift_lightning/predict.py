@@ -9,7 +9,8 @@ import torch
 from rich.progress import track
 
 from lift_lightning.collate import pad_prompts
-from lift_lightning.datamodules.rows import Columns, DataError, check_rows, read_rows
+from lift_lightning.datamodules.rows import Columns, DataError, check_rows
+from lift_lightning.datamodules.sources import read_rows
 from lift_lightning.evaluation.generation import GenerationSettings, generate_within_memory
 from lift_lightning.models import load_model, load_tokenizer
 from lift_lightning.prompts import choose_pad_id, encode_prompt, render_prompt

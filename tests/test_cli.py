@@ -161,13 +161,13 @@ def test_a_saved_config_follows_another_model_and_seed(lift, tiny, tmp_path, mon
     saved = ["--config", str(tmp_path / "run/config.yaml")]
     lift("fit", *saved, "--model.model_name_or_path", "other", "--seed_everything", "7")
     assert (seen[0].tokenizer, seen[0].seed) == ("other", 7)
-    assert seen[0].path != "lmms-lab/Math10K"
+    assert "math_10k.json" not in seen[0].path
 
 
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ([], "there is nothing to test on: set --data.test_path"),
+        ([], "there is nothing to test on: set --data.test_suite"),
         (["--data.test_path", "mine.json"], "'mine' is none of the known tasks: say with --model.unknown_tasks"),
         (["--model.task", "sequence_classification"], "use validate"),
     ],

@@ -297,7 +297,7 @@ def test_use_before_setup(make, test_file):
     for use in (data.train_dataloader, data.val_dataloader, data.test_dataloader):
         with pytest.raises(RuntimeError, match="call setup"):
             use()
-    with raises("nothing to test on: set --data.test_path"):
+    with raises("nothing to test on: set --data.test_suite"):
         make().test_dataloader()
 
 

@@ -39,6 +39,7 @@ import yaml
 from tiny import write_sums
 
 from lift_lightning import cli
+from lift_lightning.evaluation.tasks import LLM_ADAPTERS
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "configs/math10k.yaml"
@@ -53,7 +54,7 @@ PLACEHOLDERS = {
     # Of the hub, in commands and in the configurations that they name.
     "meta-llama/Llama-3.2-1B": "MODEL",
     "meta-llama/Meta-Llama-3-8B": "MODEL",
-    "lmms-lab/Math10K": "ROWS",
+    f"{LLM_ADAPTERS}/ft-training_set/math_10k.json": "ROWS",
     # Of python blocks.
     "class YourModule(lightning.LightningModule):": "class YourModule(SmallModule):",
 }

@@ -40,7 +40,8 @@ def test_several_tasks_each_with_its_own_limit(tmp_path: Path, monkeypatch: pyte
     assert {task: (one.n, one.correct_strict) for task, one in found.items()} == {"boolq": (4, 4), "addsub": (2, 1)}
     assert limits == [(4, 32), (4, 32), (4, 256)]
     run = json.loads((tmp_path / "out/results.json").read_text())["run"]
-    assert run == {"num_beams": 4, "max_new_tokens": None, "do_sample": False, "limit": 4, "model": "mine"}
+    decoding = {"num_beams": 4, "max_new_tokens": None, "temperature": None, "seed": 43}
+    assert run == {**decoding, "limit": 4, "model": "mine"}
     assert [p.index for p in read_predictions(tmp_path / "out/boolq.jsonl")] == [0, 1, 2, 3]
 
 

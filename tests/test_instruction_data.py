@@ -19,7 +19,8 @@ from lift_lightning.datamodules import (
     SFTDataModule,
     StrategyQADataModule,
 )
-from lift_lightning.datamodules.rows import DataError, read_rows
+from lift_lightning.datamodules.rows import DataError
+from lift_lightning.datamodules.sources import read_rows
 from lift_lightning.evaluation.scoring import score
 from lift_lightning.evaluation.tasks import get_task
 from lift_lightning.prompts import render_prompt

@@ -1,5 +1,8 @@
 import json
 import re
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import datasets
 import pyarrow
@@ -12,12 +15,11 @@ from lift_lightning.datamodules.rows import (
     Rows,
     check_rows,
     drop_empty,
-    looks_local,
-    name_tasks,
     question_key,
-    read_rows,
     split_rows,
 )
+from lift_lightning.datamodules.sources import REVISIONS, looks_local, read_rows
+from lift_lightning.datamodules.test_sets import name_tasks
 
 ROW = {"instruction": "1+1?", "input": "", "output": "2", "answer": 2}
 TEST = Columns(text=("instruction",), optional=("input", "output"), needs_answer=True)
@@ -51,6 +53,50 @@ def test_the_three_formats_agree(tmp_path):
         f"{tmp_path}/b.jsonl, line 2",
         f"{tmp_path}/c.parquet, row 2",
     ]
+
+
+def test_csv_with_line_breaks_and_quotes(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufeffinstruction,output\r\n"a, ""b""\n\u2028c",2\r\n'.encode())
+    assert read_rows(str(path)).rows == [{"instruction": 'a, "b"\n\u2028c', "output": "2"}]
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """The address of `tmp_path/site` on a server of this process, and a cache of its own."""
+    (tmp_path / "site").mkdir()
+    handler = partial(QuietHandler, directory=str(tmp_path / "site"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / "cache"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield tmp_path / "site", f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_an_address(served):
+    site, address = served
+    write(site / "a.json", [ROW])
+    rows = read_rows(f"{address}/a.json")
+    assert rows.rows == [ROW]
+    assert rows.where(0) == f"{address}/a.json, row 1"
+    with raises(f"cannot download {address}/b.json: ", "give --data.path the local file"):
+        read_rows(f"{address}/b.json")
+    with raises("c.txt has the extension '.txt'"):
+        read_rows(f"{address}/c.txt")
+
+
+def test_an_address_without_a_network(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with raises("cannot download https://example.invalid/a.json", "give --data.path the local file"):
+        read_rows("https://example.invalid/a.json")
 
 
 def test_byte_order_mark_and_line_numbers(tmp_path):
@@ -133,6 +179,24 @@ def test_hub(monkeypatch):
     assert rows.where(0) == "lmms-lab/Math10K (train), row 1"
 
 
+def test_known_sets_are_taken_at_a_commit(monkeypatch, caplog):
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append(options["revision"])
+        return datasets.Dataset.from_list([ROW])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    read_rows("openai/gsm8k")
+    read_rows("openai/gsm8k", revision="main")
+    assert asked == [REVISIONS["openai/gsm8k"], "main"]
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in REVISIONS.values())
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        read_rows("owner/rows")
+    assert "owner/rows is taken from the hub as it is today" in caplog.text
+
+
 def test_hub_out_of_reach(monkeypatch):
     def load_dataset(path, **options):
         raise ConnectionError("no route\nto host")
@@ -157,7 +221,11 @@ def test_hub_out_of_reach(monkeypatch):
         ("a.jsonl", '{"a": 1}\n\n{"a": 1', ["a.jsonl, line 3 is not JSON at column", '{"a": 1', "remove the line"]),
         ("a.jsonl", "[1]", ["a.jsonl, line 1 is a list ([1])"]),
         ("a.parquet", "no", ["a.parquet is not a readable parquet file"]),
-        ("a.csv", "x", ["a.csv has the extension '.csv'", ".json, .jsonl, .parquet"]),
+        ("a.tsv", "x", ["a.tsv has the extension '.tsv'", ".json, .jsonl, .parquet, .csv"]),
+        ("a.csv", "instruction,output\n", ["a.csv has no rows"]),
+        ("a.csv", "instruction,output\na,b\na\n", ["a.csv, row 2 does not have the 2 fields of the first line"]),
+        ("a.csv", "instruction,output\na,b,c\n", ["a.csv, row 1 does not have the 2 fields"]),
+        ("a.csv", 'instruction,output\n"a,b\n', ["a.csv is not CSV after line 1", "Write it again"]),
     ],
 )
 def test_bad_files(tmp_path, name, content, parts):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lift_lightning.errors import ConfigError
 from lift_lightning.evaluation.generation import GenerationSettings, generate_within_memory
 from lift_lightning.evaluation.predictions import Summary
 from lift_lightning.evaluation.recorder import Answered, AnswerRecorder, is_answered
@@ -26,13 +30,17 @@ class Answering:
         run: what is tested, and how, see `AnswerRecorder`.
         generic: how test sets that are no known task are scored.
         ranks: that answer together, each its own rows; all of them have to make the same calls.
+        temperature: of drawing from the model's distribution; None takes the likeliest text that is found.
+        seed: of drawing. What is drawn depends on it and on the first row of the batch, so that a run that goes on
+            with whole batches draws what it would have.
         in_step: the ranks share the model's weights, so that all generate or none.
 
     Attributes:
         already: how many answers there were.
+        rate: samples per second that this rank has answered.
 
     Raises:
-        ConfigError: if the folder has unfinished predictions of another run.
+        ConfigError: if the folder has unfinished predictions of another run, or beams are asked to be drawn.
     """
 
     def __init__(
@@ -45,15 +53,23 @@ class Answering:
         generic: GenericKind | None = None,
         ranks: Ranks | None = None,
         *,
+        temperature: float | None = None,
+        seed: int = 43,
         in_step: bool = False,
     ) -> None:
+        if temperature is not None and num_beams != 1:
+            raise ConfigError(f"temperature {temperature} draws a text, of which there is one: set num_beams to 1")
         self.tokenizer = tokenizer
         self.num_beams = num_beams
         self.max_new_tokens = max_new_tokens
         self.ranks = ranks
+        self.temperature = temperature
+        self.seed = seed
         self.in_step = in_step
         self.folder = folder
+        self.rate = 0.0
         self._run, self._generic = run, generic
+        self._count, self._began = 0, time.perf_counter()
         self._recorder: AnswerRecorder | None = None  # of the first rank
         self._answered = self._begin() if ranks is None else ranks.on_first(self._begin)
         self.already = sum(map(len, self._answered.values()))
@@ -88,6 +104,8 @@ class Answering:
         # Ranks that share a model generate all or none; what comes of a row that is not wanted is left out.
         texts = self._generate(model, batch, [place for place, _ in wanted] or [0])
         answers = [(row, text) for (_, row), text in zip(wanted, texts, strict=False)]
+        self._count += len(answers)
+        self.rate = self._count / (time.perf_counter() - self._began)
         if self.ranks is None:
             self._record(answers)
         else:
@@ -102,10 +120,16 @@ class Answering:
         mask = batch["attention_mask"][places]
         longest = int(mask.sum(dim=1).max())
         ids = batch["input_ids"][places][:, -longest:]
-        task = get_task(batch["rows"][0]["task"], generic=self._generic)
-        limit = self.max_new_tokens or task.max_new_tokens
-        settings = GenerationSettings(self.num_beams, limit)
-        return generate_within_memory(model, self.tokenizer, ids, mask[:, -longest:], settings, in_step=self.in_step)
+        first = batch["rows"][places[0]]
+        task = get_task(first["task"], generic=self._generic)
+        limit, drawn = self.max_new_tokens or task.max_new_tokens, self.temperature is not None
+        settings = GenerationSettings(self.num_beams, limit, do_sample=drawn, temperature=self.temperature or 1.0)
+        with torch.random.fork_rng([ids.device] if ids.is_cuda else [], enabled=drawn):
+            if drawn:
+                torch.manual_seed(_seed_of(self.seed, task.name, first["index"]))
+            return generate_within_memory(
+                model, self.tokenizer, ids, mask[:, -longest:], settings, in_step=self.in_step
+            )
 
     def _record(self, answers: list[tuple[dict[str, Any], str]]) -> None:
         assert self._recorder is not None
@@ -114,3 +138,8 @@ class Answering:
     def _sum_up(self) -> dict[str, Summary]:
         assert self._recorder is not None
         return self._recorder.finish()
+
+
+def _seed_of(*parts: object) -> int:
+    """A seed of 63 bits that is the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

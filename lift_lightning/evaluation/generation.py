@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -73,13 +74,14 @@ def generate(
         B texts, without the prompt, without special tokens.
 
     Raises:
-        ValueError: if a row is padded on the right or empty, or there is neither a padding nor an end token.
+        ValueError: if a row is padded on the right or empty, there is neither a padding nor an end token, or the
+            prompts leave none of the model's positions.
     """
     if attention_mask.shape != input_ids.shape or not bool((attention_mask[:, -1] == 1).all()):
         raise ValueError(
             "prompts must be padded on the left and must not be empty: the last column of attention_mask is all 1"
         )
-    config = _generation_config(model, tokenizer, settings or GenerationSettings())
+    config = _generation_config(model, tokenizer, settings or GenerationSettings(), input_ids.shape[1])
     with _ready_to_generate(model, config):
         # Causal models inherit `generate` from a mixin that their base class does not declare.
         output = cast(Any, model).generate(
@@ -124,7 +126,7 @@ def generate_within_memory(
 
 
 def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings, prompt_length: int
 ) -> GenerationConfig:
     stored = model.generation_config.eos_token_id if model.generation_config is not None else None
     stored = stored if isinstance(stored, list) else [stored]
@@ -137,7 +139,7 @@ def _generation_config(
         )
     return GenerationConfig(
         num_beams=settings.num_beams,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=_within_positions(model, settings.max_new_tokens, prompt_length),
         do_sample=settings.do_sample,
         # 50 by default in transformers, which would make sampling something else than the model's distribution.
         top_k=0 if settings.do_sample else None,
@@ -146,6 +148,26 @@ def _generation_config(
         pad_token_id=pad,
         use_cache=True,
     )
+
+
+def _within_positions(model: PreTrainedModel, max_new_tokens: int, prompt_length: int) -> int:
+    """How many tokens may follow: beyond the positions that it was trained with, a model writes noise, or fails."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return max_new_tokens
+    if prompt_length >= positions:
+        raise ValueError(f"a prompt of {prompt_length} tokens leaves none of the model's {positions} positions")
+    if prompt_length + max_new_tokens > positions:
+        _tell_once(
+            f"completions may not take {max_new_tokens} tokens: prompt and completion together have the model's "
+            f"{positions} positions"
+        )
+    return min(max_new_tokens, positions - prompt_length)
+
+
+@cache
+def _tell_once(message: str) -> None:
+    _log.warning(message)
 
 
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:

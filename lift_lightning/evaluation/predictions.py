@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -21,8 +22,8 @@ class Prediction:
         index: the sample's place in its test set, from 0.
         task: the task's name.
         task_version: of its extraction and scoring.
-        instruction: the question.
-        prediction: the model's text.
+        instruction: the question; its fingerprint for a confidential task.
+        prediction: the model's text; empty for a confidential task, whose questions it may repeat.
         gold: the right answer as the test set states it.
         paper_answer: read by rule `paper`; None where it finds none.
         strict_answer: read by rule `strict`; None where it finds none.
@@ -52,7 +53,15 @@ class Prediction:
             result = score(task, prediction, gold)
         except ValueError as error:
             raise ValueError(f"sample {index}: {error}") from error
-        return cls(index, task.name, task.version, instruction, prediction, str(gold), **result)
+        shown = "" if task.confidential else prediction
+        return cls(index, task.name, task.version, question_on_record(task, instruction), shown, str(gold), **result)
+
+
+def question_on_record(task: Task, instruction: str) -> str:
+    """The question as it may be written down: of a confidential task only what tells it from others."""
+    if not task.confidential:
+        return instruction
+    return "sha256:" + hashlib.sha256(instruction.encode()).hexdigest()[:16]
 
 
 class PredictionWriter:

@@ -11,7 +11,14 @@ from typing import Any
 from rich.table import Table
 
 from lift_lightning.errors import ConfigError
-from lift_lightning.evaluation.predictions import Prediction, PredictionWriter, Summary, read_unfinished, summarise
+from lift_lightning.evaluation.predictions import (
+    Prediction,
+    PredictionWriter,
+    Summary,
+    question_on_record,
+    read_unfinished,
+    summarise,
+)
 from lift_lightning.evaluation.results import means, results, same_run, wilson_interval, write_json
 from lift_lightning.evaluation.tasks import GenericKind, get_task
 
@@ -114,11 +121,11 @@ def is_answered(row: Mapping[str, Any], answered: Answered, generic: GenericKind
     Raises:
         ConfigError: if another question was answered in its place: the test set has changed.
     """
-    task = get_task(row["task"], generic=generic).name
-    question = answered.get(task, {}).get(row["index"])
-    if question is not None and question != row["instruction"]:
+    task = get_task(row["task"], generic=generic)
+    question = answered.get(task.name, {}).get(row["index"])
+    if question is not None and question != question_on_record(task, row["instruction"]):
         raise ConfigError(
-            f"sample {row['index']} of {task} was another question when this test was begun: set "
+            f"sample {row['index']} of {task.name} was another question when this test was begun: set "
             "model.predictions_dir to another folder"
         )
     return question is not None
