@@ -25,7 +25,7 @@ from lift_lightning.datamodules.rows import (
 )
 from lift_lightning.datamodules.shards import without_answer, without_labels
 from lift_lightning.datamodules.sources import read_rows
-from lift_lightning.datamodules.test_sets import as_questions, name_tasks, source_of, suite_files
+from lift_lightning.datamodules.suites import as_questions, name_tasks, source_of, suite_files
 from lift_lightning.datamodules.tokenise import encode_cached
 from lift_lightning.prompts import encode_example, encode_prompt, render_prompt
 

@@ -23,8 +23,10 @@ from lift_lightning.datamodules.rows import DataError
 from lift_lightning.errors import CheckpointError, ConfigError
 from lift_lightning.evaluation.tasks import is_known
 from lift_lightning.export import export
+from lift_lightning.humaneval import humaneval
 from lift_lightning.models import ModelUnavailableError
 from lift_lightning.module import LiftLightningModule
+from lift_lightning.perplexity import perplexity
 from lift_lightning.predict import predict
 from lift_lightning.show_data import show_data
 from lift_lightning.strategies import ReadsAllCheckpoints
@@ -40,7 +42,13 @@ USER_ERRORS = (
     ModelUnavailableError,
 )
 
-TOOLS: dict[str, Callable[..., Path]] = {"export": export, "consolidate": consolidate, "predict": predict}
+TOOLS: dict[str, Callable[..., Path]] = {
+    "export": export,
+    "consolidate": consolidate,
+    "predict": predict,
+    "humaneval": humaneval,
+    "perplexity": perplexity,
+}
 
 USAGE = """\
 usage: {prog} COMMAND [--config FILE ...] [--section.option VALUE ...]
@@ -52,6 +60,8 @@ commands:
   run        fit, then test the trained weights
   data       what a model would see: sizes, lengths, an example with its loss mask; options as for fit
   predict    write what a model answers to a file of instructions
+  humaneval  let a model complete functions, and run their checks
+  perplexity  how well a model expects a text
   export     write a checkpoint as a Hugging Face folder
   consolidate  make one file of a checkpoint folder that several devices wrote
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from rich.progress import track
 
 from lift_lightning.collate import pad_prompts
 from lift_lightning.datamodules.rows import Columns, DataError, check_rows
 from lift_lightning.datamodules.sources import read_rows
 from lift_lightning.evaluation.generation import GenerationSettings, generate_within_memory
-from lift_lightning.models import load_model, load_tokenizer
+from lift_lightning.inference import load_for_inference
 from lift_lightning.prompts import choose_pad_id, encode_prompt, render_prompt
 
 
@@ -56,18 +55,14 @@ def predict(
     rows = check_rows(read_rows(path, option="--path"), columns).rows
     partial = target.with_name(target.name + ".partial")
     done = _done(partial, rows)
-    place = torch.device(device) if device else torch.accelerator.current_accelerator() or torch.device("cpu")
-    automatic = torch.float32 if place.type == "cpu" else torch.bfloat16
-    model, _ = load_model(model_name_or_path, dtype=automatic if dtype == "auto" else getattr(torch, dtype))
-    tokenizer = load_tokenizer(model_name_or_path)
-    torch.nn.Module.to(model, place)
+    model, tokenizer = load_for_inference(model_name_or_path, device, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8") as file:
         for first in track(range(done, len(rows), batch_size), "Completing"):
             batch = rows[first : first + batch_size]
             prompts = [encode_prompt(tokenizer, render_prompt(row["instruction"], row["input"])) for row in batch]
             padded = pad_prompts(prompts, choose_pad_id(tokenizer))
-            ids, mask = (padded[key].to(place) for key in ("input_ids", "attention_mask"))
+            ids, mask = (padded[key].to(model.device) for key in ("input_ids", "attention_mask"))
             for row, completion in zip(
                 batch, generate_within_memory(model, tokenizer, ids, mask, settings), strict=True
             ):

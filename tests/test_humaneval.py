@@ -8,11 +8,14 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import byte_tokenizer, tiny_llama
+import torch
+from tiny import byte_tokenizer, save_tiny_llama, tiny_llama
 
+from lift_lightning import cli
 from lift_lightning.errors import ConfigError
 from lift_lightning.evaluation import humaneval as module
 from lift_lightning.evaluation.humaneval import Problem, cut, humaneval, pass_at_k, read_problems
@@ -105,6 +108,66 @@ def test_problems_are_solved_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     results = json.loads((folder / "results.json").read_text())
     assert results["run"] == {"samples": 12, "seed": 43, "max_new_tokens": 512, "temperature": 0.5}
     assert results["pass@10"] == 1.0
+
+
+@runs
+def test_a_run_that_broke_off_goes_on_at_the_next_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    problems = [replace(DOUBLE, name=f"HumanEval/{i}") for i in range(3)]
+    asked: list[float] = []
+
+    def complete(model, tokenizer, ids, mask, settings):
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        asked.append(float(torch.rand(())))  # what would be drawn
+        return ["    return 2 * x\n"] * len(ids)
+
+    monkeypatch.setattr(module, "generate_within_memory", complete)
+
+    def solve(folder: Path, **settings):
+        arguments = {"allow_code_execution": True, "samples": 2, **settings}
+        return humaneval(tiny_llama(), byte_tokenizer(), problems, folder, **arguments)
+
+    stop = -1
+    solve(tmp_path / "whole")
+    whole = list(asked)
+    asked.clear()
+    stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        solve(tmp_path / "out")
+    assert not (tmp_path / "out/results.json").exists()
+    with (tmp_path / "out/humaneval.jsonl.partial").open("a") as file:
+        file.write('{"task": "HumanEval/2", "completion": "x", "outcome": "failed"}\n{"task')
+    with pytest.raises(ConfigError, match=r"another run \(seed: 43 or 1\)"):
+        solve(tmp_path / "out", seed=1)
+    stop = -1
+    assert solve(tmp_path / "out", run={"command": "again"}) == {"pass@1": 1.0}
+    assert asked == whole
+    assert (tmp_path / "out/humaneval.jsonl").read_text() == (tmp_path / "whole/humaneval.jsonl").read_text()
+    assert not (tmp_path / "out/humaneval.jsonl.partial").exists()
+
+
+@runs
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    model, file = save_tiny_llama(tmp_path / "model"), tmp_path / "HumanEval.jsonl"
+    row = {"task_id": DOUBLE.name, "prompt": DOUBLE.prompt, "test": DOUBLE.test, "entry_point": DOUBLE.entry_point}
+    file.write_text(f"{json.dumps(row)}\n" * 2)
+    monkeypatch.setattr("sys.argv", ["lift-lightning"])
+    arguments = [
+        "humaneval",
+        "--model_name_or_path",
+        str(model),
+        "--path",
+        str(file),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "runs programs that the model writes" in capsys.readouterr().err
+    cli.main([*arguments, "--allow_code_execution", "true", "--limit", "1", "--max_new_tokens", "2", "--device", "cpu"])
+    assert "0.0%" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (results["pass@1"], results["n"], results["run"]["model"]) == (0.0, 1, str(model))
 
 
 def test_it_is_off_unless_asked_for(tmp_path: Path):

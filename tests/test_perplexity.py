@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, save_tiny_llama, tiny_llama
 
+from lift_lightning import cli
 from lift_lightning.evaluation.perplexity import perplexity
 from lift_lightning.models import load_model, load_tokenizer
 
@@ -73,3 +75,19 @@ def test_a_real_model_expects_real_text():
     found = perplexity(model, load_tokenizer(MODEL), text, max_tokens=600)
     assert 5 < found.token < 40
     assert found.word > found.token
+
+
+@pytest.mark.parametrize("name", ["text.txt", "rows.json"])
+def test_the_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    model, path, out = save_tiny_llama(tmp_path / "model"), tmp_path / name, tmp_path / "out/found.json"
+    path.write_text(TEXT if name == "text.txt" else json.dumps([{"text": TEXT[:20]}, {"text": TEXT[20:]}]))
+    monkeypatch.setattr("sys.argv", ["lift-lightning"])
+    arguments = ["perplexity", "--model_name_or_path", str(model), "--path", str(path), "--output", str(out)]
+    cli.main([*arguments, "--window", "16", "--stride", "8", "--device", "cpu"])
+    found = json.loads(out.read_text())
+    expected = perplexity(*(load_model(model)[0], load_tokenizer(model)), TEXT, window=16, stride=8)
+    assert [found[key] for key in expected._fields] == [pytest.approx(value) for value in expected]
+    assert f"{expected.token:.3f}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "is there already" in capsys.readouterr().err

@@ -76,7 +76,7 @@ def test_another_run_or_test_set_is_not_mixed_in(tmp_path):
     before = AnswerRecorder(tmp_path, run={"num_beams": 4})
     before.record([row(0, "AddSub", "7")], ["7"])
     before.leave()
-    with pytest.raises(ConfigError, match=r"another run \(num_beams: 4 or 1\): set model.predictions_dir"):
+    with pytest.raises(ConfigError, match=r"another run \(num_beams: 4 or 1\): choose another folder"):
         AnswerRecorder(tmp_path, run={"num_beams": 1})
     answered = AnswerRecorder(tmp_path, run={"num_beams": 4}).answered
     with pytest.raises(ConfigError, match="sample 0 of addsub was another question"):

@@ -19,7 +19,7 @@ from lift_lightning.datamodules.rows import (
     split_rows,
 )
 from lift_lightning.datamodules.sources import REVISIONS, looks_local, read_rows
-from lift_lightning.datamodules.test_sets import name_tasks
+from lift_lightning.datamodules.suites import name_tasks
 
 ROW = {"instruction": "1+1?", "input": "", "output": "2", "answer": 2}
 TEST = Columns(text=("instruction",), optional=("input", "output"), needs_answer=True)

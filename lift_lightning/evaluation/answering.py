@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from lift_lightning.evaluation.generation import GenerationSettings, generate_wi
 from lift_lightning.evaluation.predictions import Summary
 from lift_lightning.evaluation.recorder import Answered, AnswerRecorder, is_answered
 from lift_lightning.evaluation.tasks import GenericKind, get_task
+from lift_lightning.rng import seed_of
 from lift_lightning.sharding import Ranks
 
 
@@ -126,7 +126,7 @@ class Answering:
         settings = GenerationSettings(self.num_beams, limit, do_sample=drawn, temperature=self.temperature or 1.0)
         with torch.random.fork_rng([ids.device] if ids.is_cuda else [], enabled=drawn):
             if drawn:
-                torch.manual_seed(_seed_of(self.seed, task.name, first["index"]))
+                torch.manual_seed(seed_of(self.seed, task.name, first["index"]))
             return generate_within_memory(
                 model, self.tokenizer, ids, mask[:, -longest:], settings, in_step=self.in_step
             )
@@ -138,8 +138,3 @@ class Answering:
     def _sum_up(self) -> dict[str, Summary]:
         assert self._recorder is not None
         return self._recorder.finish()
-
-
-def _seed_of(*parts: object) -> int:
-    """A seed of 63 bits that is the same in every process."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

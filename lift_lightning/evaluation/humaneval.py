@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lift_lightning.collate import pad_prompts
 from lift_lightning.errors import ConfigError
 from lift_lightning.evaluation.generation import GenerationSettings, generate_within_memory
-from lift_lightning.evaluation.results import write_json
+from lift_lightning.evaluation.results import begin_run, write_json
 from lift_lightning.evaluation.sandbox import run_program
 from lift_lightning.prompts import choose_pad_id, encode_prompt
+from lift_lightning.rng import seed_of
 
 VERSION = 1  # of prompt, cut and scoring
 _END = re.compile(r"\n(?=class |def |#|if |print\(|@|```)")  # what follows the function at the margin
@@ -41,6 +42,15 @@ class Problem:
     test: str
     entry_point: str
 
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Problem:
+        """Of a row with the columns of the published set.
+
+        Raises:
+            KeyError: if one is missing.
+        """
+        return cls(row["task_id"], row["prompt"], row["test"], row["entry_point"])
+
     def program(self, completion: str) -> str:
         """What has to come to its end."""
         return f"{self.prompt}{completion}\n\n{self.test}\n\ncheck({self.entry_point})\n"
@@ -58,7 +68,7 @@ def read_problems(path: str | Path) -> list[Problem]:
     for number, line in enumerate(filter(None, text.split("\n")), start=1):
         try:
             row = json.loads(line)
-            problems.append(Problem(row["task_id"], row["prompt"], row["test"], row["entry_point"]))
+            problems.append(Problem.from_row(row))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}, line {number} is no problem of HumanEval: {error!r}") from error
     return problems
@@ -80,6 +90,21 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def check_allowed(allow_code_execution: bool) -> None:
+    """Whether programs that a model wrote may be run, and can be.
+
+    Raises:
+        ConfigError: if running code is not allowed.
+        SandboxError: if this machine cannot run it safely.
+    """
+    if not allow_code_execution:
+        raise ConfigError(
+            "HumanEval runs programs that the model writes, in processes with limits of time and memory and without a "
+            "network: say that this is wanted with allow_code_execution=True"
+        )
+    run_program("")
+
+
 def humaneval(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -92,6 +117,7 @@ def humaneval(
     seed: int = 43,
     max_new_tokens: int = 512,
     batch_size: int = 16,
+    run: Mapping[str, Any] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda items: items,
 ) -> dict[str, float]:
     """Complete each function and run its checks, each in a process of its own (see `sandbox`).
@@ -100,51 +126,71 @@ def humaneval(
         model: a causal language model.
         tokenizer: its own.
         problems: of `read_problems`.
-        folder: where `humaneval.jsonl`, every completion with its outcome, and `results.json` go.
+        folder: where `humaneval.jsonl`, every completion with its outcome, and `results.json` go. An earlier call that
+            broke off there, with the same settings, is taken up at its next problem.
         allow_code_execution: has to be said: programs that the model writes are run on this machine.
         samples: of each problem; one is greedy, more are drawn.
         temperature: of drawing; has no effect on one sample.
-        seed: of drawing.
+        seed: of drawing; each problem has its own that follows from it.
         max_new_tokens: of a completion.
         batch_size: prompts that are completed together.
+        run: what else is written to the results, such as the name of the model.
         progress: wraps the problems, such as `rich.progress.track`.
 
     Returns:
         `pass@1`, and `pass@10` where there are samples for it.
 
     Raises:
-        ConfigError: if running code is not allowed.
+        ConfigError: if running code is not allowed, or the folder has an unfinished run of other settings.
         SandboxError: if this machine cannot run it safely.
     """
-    if not allow_code_execution:
-        raise ConfigError(
-            "HumanEval runs programs that the model writes, in processes with limits of time and memory and without a "
-            "network: say that this is wanted with allow_code_execution=True"
-        )
-    run_program("")  # whether it can be done, before anything is generated
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    drawn = samples > 1
+    check_allowed(allow_code_execution)
+    target, drawn = Path(folder), samples > 1
+    partial = target / "humaneval.jsonl.partial"
+    about: dict[str, Any] = {"samples": samples, "seed": seed, "max_new_tokens": max_new_tokens}
+    about |= {"temperature": temperature if drawn else None, **(run or {})}
+    resumes = begin_run(target / "run.json", about, partial.exists())
+    solved = _solved(partial, samples) if resumes else {}
     settings = GenerationSettings(1, max_new_tokens, do_sample=drawn, temperature=temperature if drawn else 1.0)
-    torch.manual_seed(seed)
-    right: list[int] = []
-    with (target / "humaneval.jsonl").open("w", encoding="utf-8") as file:
-        for problem in progress(problems):
-            outcomes = []
-            for completion in _complete(model, tokenizer, problem, samples, batch_size, settings):
-                outcome = run_program(problem.program(completion))
-                outcomes.append(outcome)
-                line = {"task": problem.name, "completion": completion, "outcome": outcome}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-            right.append(outcomes.count("passed"))
+    with partial.open("a" if resumes else "w", encoding="utf-8") as file:
+        for problem in progress([one for one in problems if one.name not in solved]):
+            torch.manual_seed(seed_of(seed, problem.name))
+            completions = _complete(model, tokenizer, problem, samples, batch_size, settings)
+            outcomes = [run_program(problem.program(completion)) for completion in completions]
+            solved[problem.name] = [
+                {"task": problem.name, "completion": completion, "outcome": outcome}
+                for completion, outcome in zip(completions, outcomes, strict=True)
+            ]
+            file.write(_lines(solved[problem.name]))
+            file.flush()
+    right = [sum(line["outcome"] == "passed" for line in solved[problem.name]) for problem in problems]
     found = {
         f"pass@{k}": sum(pass_at_k(samples, count, k) for count in right) / len(right) for k in (1, 10) if k <= samples
     }
-    run: dict[str, float | None] = {"samples": samples, "seed": seed, "max_new_tokens": max_new_tokens}
-    run |= {"temperature": temperature if drawn else None}
-    write_json(target / "results.json", {"task": "humaneval", "version": VERSION, "n": len(right), **found, "run": run})
+    write_json(
+        target / "results.json", {"task": "humaneval", "version": VERSION, "n": len(right), **found, "run": about}
+    )
+    partial.replace(target / "humaneval.jsonl")
     return found
+
+
+def _solved(partial: Path, samples: int) -> dict[str, list[dict[str, Any]]]:
+    """By problem the completions of those that an earlier run came to the end of; what it left of another is cut."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    content = partial.read_text(encoding="utf-8")
+    for text in content[: content.rfind("\n") + 1].split("\n"):
+        if text:
+            line = json.loads(text)
+            found.setdefault(line["task"], []).append(line)
+    solved = {name: lines for name, lines in found.items() if len(lines) == samples}
+    whole = partial.with_name(partial.name + ".whole")
+    whole.write_text("".join(map(_lines, solved.values())), encoding="utf-8")
+    whole.replace(partial)
+    return solved
+
+
+def _lines(completions: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(completion, ensure_ascii=False) + "\n" for completion in completions)
 
 
 def _complete(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from lift_lightning.evaluation.predictions import (
     read_unfinished,
     summarise,
 )
-from lift_lightning.evaluation.results import means, results, same_run, wilson_interval, write_json
+from lift_lightning.evaluation.results import begin_run, means, results, wilson_interval, write_json
 from lift_lightning.evaluation.tasks import GenericKind, get_task
 
 # By task: the questions that are answered, by their place in the test set.
@@ -56,22 +55,11 @@ class AnswerRecorder:
 
     def _take_up(self) -> bool:
         left = sorted(self.folder.glob("*.jsonl.partial"))
-        file = self.folder / RUN_FILE
-        if left and file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            differing = same_run(before, self._run, (before.keys() | self._run.keys()) - {"command"})
-            if differing:
-                raise ConfigError(
-                    f"{self.folder} has unfinished predictions of another run ({'; '.join(differing)}): set "
-                    "model.predictions_dir to another folder, or remove this one"
-                )
-            for path in left:
-                for prediction in read_unfinished(path):
-                    self.answered.setdefault(prediction.task, {})[prediction.index] = prediction.instruction
-            return True
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, self._run)
-        return False
+        resumes = begin_run(self.folder / RUN_FILE, self._run, bool(left))
+        for path in left if resumes else ():
+            for prediction in read_unfinished(path):
+                self.answered.setdefault(prediction.task, {})[prediction.index] = prediction.instruction
+        return resumes
 
     def record(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
         """Score and write one batch.

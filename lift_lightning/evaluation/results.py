@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lift_lightning.errors import ConfigError
 from lift_lightning.evaluation.predictions import Summary
 from lift_lightning.evaluation.scoring import Rule
 from lift_lightning.evaluation.tasks import ARITHMETIC, COMMONSENSE, get_task
@@ -86,6 +87,33 @@ def source_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no clone after all
         return None
+
+
+def begin_run(file: Path, run: Mapping[str, Any], unfinished: bool) -> bool:
+    """Write down what is run, or find that it goes on with what is there.
+
+    Args:
+        file: that says what was run.
+        run: what is run now.
+        unfinished: whether the folder has the beginnings of a run.
+
+    Returns:
+        Whether it goes on.
+
+    Raises:
+        ConfigError: if the beginnings are of another run, `command` aside.
+    """
+    if not (unfinished and file.is_file()):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, dict(run))
+        return False
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if differing := same_run(before, run, (before.keys() | run.keys()) - {"command"}):
+        raise ConfigError(
+            f"{file.parent} has unfinished predictions of another run ({'; '.join(differing)}): choose another folder, "
+            "or remove this one"
+        )
+    return True
 
 
 def same_run(one: Mapping[str, Any], other: Mapping[str, Any], keys: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from lift_lightning.datamodules import SFTDataModule
 from lift_lightning.datamodules.layouts import from_gpqa
 from lift_lightning.datamodules.rows import DataError, Rows
 from lift_lightning.datamodules.sources import REVISIONS
-from lift_lightning.datamodules.test_sets import as_questions, source_of, suite_files
+from lift_lightning.datamodules.suites import as_questions, source_of, suite_files
 from lift_lightning.evaluate import evaluate
 from lift_lightning.evaluation import answering
 from lift_lightning.evaluation.predictions import read_predictions
