@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import warnings
@@ -30,6 +31,7 @@ from lift_lightning.perplexity import perplexity
 from lift_lightning.predict import predict
 from lift_lightning.show_data import show_data
 from lift_lightning.strategies import ReadsAllCheckpoints
+from lift_lightning.sweep import SweepError, sweep
 
 # What a user can mend, said in one line; everything else keeps its traceback.
 USER_ERRORS = (
@@ -40,6 +42,7 @@ USER_ERRORS = (
     FileNotFoundError,
     MisconfigurationException,
     ModelUnavailableError,
+    SweepError,
 )
 
 TOOLS: dict[str, Callable[..., Path]] = {
@@ -48,6 +51,7 @@ TOOLS: dict[str, Callable[..., Path]] = {
     "predict": predict,
     "humaneval": humaneval,
     "perplexity": perplexity,
+    "sweep": sweep,
 }
 
 USAGE = """\
@@ -58,6 +62,7 @@ commands:
   validate   loss and metrics of a model or checkpoint on held-out rows
   test       generate answers to test sets and score them
   run        fit, then test the trained weights
+  sweep      run once for each value of an option, and compare the tests
   data       what a model would see: sizes, lengths, an example with its loss mask; options as for fit
   predict    write what a model answers to a file of instructions
   humaneval  let a model complete functions, and run their checks
@@ -196,6 +201,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _dispatch(command: str, rest: list[str]) -> None:
     if command in TOOLS:
+        if command == "sweep" and "--" in rest:
+            place = rest.index("--")
+            rest = [*rest[:place], f"--run={json.dumps(rest[place + 1 :])}"]
         written = jsonargparse.auto_cli(TOOLS[command], args=rest, as_positional=False, prog=f"{_prog()} {command}")
         print(f"wrote {written}")
     elif command == "data":

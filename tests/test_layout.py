@@ -64,6 +64,8 @@ LEVELS = {
     "lift_lightning.humaneval": 4,
     "lift_lightning.perplexity": 4,
     "lift_lightning.predict": 4,
+    "lift_lightning.sweep": 4,
+    "lift_lightning.__main__": 4,
     "lift_lightning.show_data": 4,
     "lift_lightning.consolidate": 4,
     "main": 4,
