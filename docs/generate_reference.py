@@ -23,6 +23,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lift_lightning import datamodules
 from lift_lightning.cli import LiftCLI, lightning_cli
 from lift_lightning.datamodules import FineTuningDataModule
+from lift_lightning.datamodules.sources import REVISIONS
+from lift_lightning.evaluation.tasks import LLM_ADAPTERS_REVISION, TASKS
 from lift_lightning.export import export
 
 ROOT = Path(__file__).parents[1]
@@ -178,11 +180,42 @@ def trainer_names() -> str:
     return ", ".join(f"`{option.name}`" for option in section("trainer"))
 
 
+def task_table() -> str:
+    """Markdown, one row for each published test set."""
+    lines = ["| task | version | answers | rows | limit | source | licence |", "|---|---:|---|---:|---:|---|---|"]
+    for task in TASKS.values():
+        if task.source is None:
+            continue
+        answers = f"{task.labels[0]} ... {task.labels[-1]}" if task.labels else f"a {task.kind}"
+        where = f"LLM-Adapters `dataset/{task.folder}/test.json`" if task.folder else f"`{task.source.path}`"
+        rows = "" if task.samples is None else f"{task.samples:,}"
+        cells = (
+            f"`{task.name}`",
+            str(task.version),
+            answers,
+            rows,
+            f"{task.max_new_tokens:,}",
+            where,
+            task.source.licence,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def commit_table() -> str:
+    """Markdown, one row for each dataset whose commit is pinned."""
+    pinned = {"AGI-Edgerunners/LLM-Adapters (GitHub)": LLM_ADAPTERS_REVISION, **REVISIONS}
+    rows = [f"| `{name}` | `{commit}` |" for name, commit in pinned.items()]
+    return "\n".join(["| dataset | commit |", "|---|---|", *rows])
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "model": lambda: table(section("model")),
     "lift": lambda: table(section("lift")),
     "data": data_tables,
     "trainer": trainer_names,
+    "tasks": task_table,
+    "commits": commit_table,
     "fit": lambda: table(command_options("fit")),
     "export": lambda: table(export_options()),
 }

@@ -1,14 +1,15 @@
-"""The `sweep` command: one run for each value of an option, and their test results in one table."""
+"""The `sweep` command: one run for each value of an option, and what they reached in one table."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -18,14 +19,24 @@ from lift_lightning.evaluation.recorder import RESULTS_FILE
 from lift_lightning.evaluation.results import RULES, write_json
 
 SWEEP_FILE = "sweep.json"
+_SCORES_FILE = "scores.json"  # in the folder of a run that came to its end
+# Of one run, by name: accuracies of tasks and their means, or one metric of the validation.
+Scores = dict[str, float]
 
 
 class SweepError(RuntimeError):
     """A run of a sweep failed; what was found before it is kept."""
 
 
-def sweep(option: str, values: list[int | float | str], output: str, run: list[str]) -> Path:
-    """Train and test once for each value of an option, and compare what the tests say.
+def sweep(
+    option: str,
+    values: list[int | float | str],
+    output: str,
+    run: list[str],
+    metric: str | None = None,
+    mode: Literal["max", "min"] = "max",
+) -> Path:
+    """Train and test, or validate, once for each value of an option, and compare.
 
     What follows `--` on the command line is `run`, as in `-- --config configs/math10k.yaml`. A sweep that breaks off
     goes on when the same command is given again: results that are there are taken, and a run that is half done resumes
@@ -35,14 +46,16 @@ def sweep(option: str, values: list[int | float | str], output: str, run: list[s
         option: that is varied, such as `lift.rank`.
         values: that it takes.
         output: the folder of the sweep; each run has one in it.
-        run: options of the command `run`, which is given once for each value.
+        run: options of the command `run` (of `fit` with a metric), which is given once for each value.
+        metric: of the validation, such as `val_matthews`, whose best value in a run counts; null counts the tests.
+        mode: whether more of the metric is better (`max`), or less (`min`).
 
     Returns:
         `sweep.json`, as an absolute path.
 
     Raises:
         ConfigError: if there is no value, one is there twice, or the option is among those of the runs too.
-        SweepError: if a run fails.
+        SweepError: if a run fails, or logs no such metric.
     """
     folder = Path(output).expanduser().resolve()
     if not values or len({str(value) for value in values}) < len(values):
@@ -50,63 +63,81 @@ def sweep(option: str, values: list[int | float | str], output: str, run: list[s
     flag = f"--{option}"
     if any(argument == flag or argument.startswith(f"{flag}=") for argument in run):
         raise ConfigError(f"{flag} is what the sweep varies: leave it out after `--`")
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Scores] = {}
     for value in values:
         place = folder / re.sub(r"[^\w.=-]", "_", f"{option}={value}")
-        if not (place / "predictions" / RESULTS_FILE).is_file():
-            _run(place, [flag, str(value)], run)
-        found[str(value)] = json.loads((place / "predictions" / RESULTS_FILE).read_text(encoding="utf-8"))
-        _write(folder, option, found)
-    Console().print(sweep_table(option, found))
+        if not (place / _SCORES_FILE).is_file():
+            _run("run" if metric is None else "fit", place, [flag, str(value)], run)
+            scores = scores_of_tests(place) if metric is None else {metric: _best_logged(place, metric, mode)}
+            write_json(place / _SCORES_FILE, scores)
+        found[str(value)] = json.loads((place / _SCORES_FILE).read_text(encoding="utf-8"))
+        best = {name: best_value(found, name, mode) for name in next(iter(found.values()))}
+        runs = [{"value": value, "scores": scores} for value, scores in found.items()]
+        write_json(folder / SWEEP_FILE, {"option": option, "metric": metric, "best": best, "runs": runs})
+    Console().print(sweep_table(option, found, mode))
     return folder / SWEEP_FILE
 
 
-def _run(place: Path, varied: list[str], options: Sequence[str]) -> None:
-    csv = {"save_dir": str(place), "name": "logs", "flush_logs_every_n_steps": 10}
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": csv}
+def _run(command: str, place: Path, varied: list[str], options: Sequence[str]) -> None:
+    arguments = {"save_dir": str(place), "name": "logs", "flush_logs_every_n_steps": 10}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": arguments}
     own = ["--trainer.default_root_dir", str(place), "--trainer.logger", json.dumps(logger)]
     own += ["--model.predictions_dir", str(place / "predictions")]
     checkpoints = sorted(place.glob("logs/version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
     if checkpoints:
         own += ["--ckpt_path", str(checkpoints[-1])]
     Console().rule(" ".join(varied))
-    code = subprocess.run([sys.executable, "-m", "lift_lightning", "run", *options, *own, *varied]).returncode
+    code = subprocess.run([sys.executable, "-m", "lift_lightning", command, *options, *own, *varied]).returncode
     if code:
         raise SweepError(
             f"the run with {' '.join(varied)} ended with status {code}, see above; the same command goes on from there"
         )
 
 
-def _write(folder: Path, option: str, found: Mapping[str, Mapping[str, Any]]) -> None:
-    runs = [{"value": value, **{k: results[k] for k in ("tasks", "means")}} for value, results in found.items()]
-    best = {rule: max(found, key=lambda value: overall(found[value], rule)) for rule in RULES}
-    write_json(folder / SWEEP_FILE, {"option": option, "best": best, "runs": runs})
+def scores_of_tests(place: Path) -> Scores:
+    """Of a run's tests: each task by the strict rule, and the unweighted means over its tasks by both."""
+    tasks: dict[str, Any] = json.loads((place / "predictions" / RESULTS_FILE).read_text(encoding="utf-8"))["tasks"]
+    scores = {name: task["strict"]["accuracy"] for name, task in tasks.items()}
+    for rule in reversed(RULES):
+        scores[f"mean, {rule} rule"] = sum(task[rule]["accuracy"] for task in tasks.values()) / len(tasks)
+    return scores
 
 
-def overall(results: Mapping[str, Any], rule: str) -> float:
-    """The unweighted mean over a run's tasks of the accuracy by a rule."""
-    accuracies = [task[rule]["accuracy"] for task in results["tasks"].values()]
-    return sum(accuracies) / len(accuracies)
+def _best_logged(place: Path, metric: str, mode: str) -> float:
+    """Over all parts of a run, which has a log for each time that it was resumed."""
+    logged: list[float] = []
+    names: set[str] = set()
+    for file in place.glob("logs/version_*/metrics.csv"):
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+        names.update(*rows)
+        logged += [float(row[metric]) for row in rows if row.get(metric)]
+    if not logged:
+        raise SweepError(f"the run in {place} logged no {metric}, but {', '.join(sorted(names))}: choose one of these")
+    return max(logged) if mode == "max" else min(logged)
 
 
-def sweep_table(option: str, found: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Accuracies by the strict rule, one row for each value, the best mean by each rule marked.
+def best_value(found: Mapping[str, Scores], name: str, mode: str) -> str:
+    """The value of the option with the best score of a name."""
+    return (max if mode == "max" else min)(found, key=lambda value: found[value][name])
+
+
+def sweep_table(option: str, found: Mapping[str, Scores], mode: str = "max") -> Table:
+    """One row for each value of the option, one column for each score, with the best of each marked.
 
     Args:
         option: that was varied.
-        found: the results of a test run, as `results.json` has them, by value.
+        found: the scores, by value.
+        mode: `max` or `min`, whichever is better.
     """
-    tasks = list(next(iter(found.values()))["tasks"])
-    caption = "chosen by the test sets themselves, as in the paper's tables of best ranks: the best is optimistic"
-    table = Table(title=f"Accuracy by {option}, strict rule", caption=caption)
+    caption = "* best by the rows that are shown, as in the paper's tables of best ranks: an optimistic choice"
+    table = Table(title=f"Scores by {option}", caption=caption)
     table.add_column(option, justify="right", no_wrap=True)
-    for heading in (*tasks, "mean", "mean, paper rule"):
-        table.add_column(heading, justify="right")
-    best = {rule: max(overall(results, rule) for results in found.values()) for rule in RULES}
-    for value, results in found.items():
-        cells = [f"{results['tasks'][task]['strict']['accuracy']:.1%}" for task in tasks]
-        for rule in ("strict", "paper"):
-            mean = overall(results, rule)
-            cells.append(f"[bold]{mean:.1%} *[/bold]" if mean == best[rule] else f"{mean:.1%}")
+    names = list(next(iter(found.values())))
+    for name in names:
+        table.add_column(name, justify="right")
+    best = {name: best_value(found, name, mode) for name in names}
+    for value, scores in found.items():
+        cells = [f"{scores[name]:.4f}{' *' if value == best[name] else ''}" for name in names]
         table.add_row(value, *cells)
     return table

@@ -39,7 +39,7 @@ import yaml
 from tiny import write_sums
 
 from lift_lightning import cli
-from lift_lightning.evaluation.tasks import LLM_ADAPTERS
+from lift_lightning.evaluation.tasks import ARITHMETIC, COMMONSENSE, LLM_ADAPTERS
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "configs/math10k.yaml"
@@ -51,6 +51,8 @@ PLACEHOLDERS = {
     "path/to/rows.json": "ROWS",
     "path/to/gsm8k.json": "GSM8K",
     "path/to/own_questions.json": "QUESTIONS",
+    "path/to/LLM-Adapters/dataset": "TESTS",
+    "path/to/text.txt": "TEXT",
     # Of the hub, in commands and in the configurations that they name.
     "meta-llama/Llama-3.2-1B": "MODEL",
     "meta-llama/Meta-Llama-3-8B": "MODEL",
@@ -88,6 +90,14 @@ NOT_RUN = {
     "--model.num_beams 1 --data.test_limit 200 --data.eval_batch_size 32 --data.test_path '[AddSub/test.json,"
     "MultiArith/test.json,gsm8k/test.json,boolq/test.json,ARC-Easy/test.json,openbookqa/test.json]' "
     "--trainer.accelerator cpu --trainer.precision 32-true": "needs the test sets and a real model, and an hour",
+    "python main.py humaneval --model_name_or_path path/to/a/model --path path/to/HumanEval.jsonl.gz "
+    "--output humaneval --allow_code_execution true": "tests/test_humaneval.py runs it where the machine allows it",
+    "python main.py sweep --option lift.rank --values '[16, 32, 64, 128, 256]' --output runs/ranks -- "
+    "--config configs/math10k.yaml --data.test_suite arithmetic --data.test_path path/to/LLM-Adapters/dataset": (
+        "tests/test_sweep.py runs a smaller one"
+    ),
+    "python main.py sweep --option lift.rank --values '[16, 32, 64, 128, 256]' --output runs/cola-ranks "
+    "--metric val_matthews -- --config configs/glue.yaml --data.task cola": "needs GLUE",
     "torchrun --nproc-per-node 2 examples/plug_in_fsdp2.py": "tests/test_examples.py runs it",
     "pip install -c constraints.txt -e .": "changes the environment of the tests; tests/test_packaging.py installs",
 }
@@ -167,7 +177,13 @@ def things(tiny_model_dir: Path, sums_file: Path, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("things")
     gsm8k = write_sums(folder / "gsm8k.json", rows=3, seed=5)
     questions = write_sums(folder / "own_questions.json", rows=3, seed=6)
-    return {"MODEL": str(tiny_model_dir), "ROWS": str(sums_file), "GSM8K": str(gsm8k), "QUESTIONS": str(questions)}
+    for task in (*ARITHMETIC, *COMMONSENSE):
+        (folder / f"tests/{task.folder}").mkdir(parents=True)
+        row = {"instruction": f"{task.name}?", "answer": task.labels[0] if task.labels else 4}
+        (folder / f"tests/{task.folder}/test.json").write_text(json.dumps([row]))
+    (folder / "text.txt").write_text("A text of some length. " * 20)
+    found = {"MODEL": tiny_model_dir, "ROWS": sums_file, "GSM8K": gsm8k, "QUESTIONS": questions}
+    return {name: str(path) for name, path in {**found, "TESTS": folder / "tests", "TEXT": folder / "text.txt"}.items()}
 
 
 def fill_in(text: str, things: dict[str, str]) -> str:
@@ -270,7 +286,7 @@ def run_command(command: str, things: dict[str, str]) -> None:
     """A command of `python main.py`, in this process, as the dispatcher runs it."""
     words = [fill_in(word, things) for word in shlex.split(command)]
     args = words[2:] if words[0] == "python" else words[1:]
-    if args[0] not in ("export", "predict") and "--help" not in args:
+    if args[0] not in ("export", "predict", "perplexity") and "--help" not in args:
         fit = ["fit" if args[0] in ("run", "data") else args[0], *args[1:]]
         settings = parsed([word for word in fit if word != "--print_config"])
         Path("smaller.yaml").write_text(yaml.safe_dump(smaller(settings, things)), encoding="utf-8")

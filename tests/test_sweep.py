@@ -12,16 +12,17 @@ from tiny import save_tiny_llama, write_sums
 
 from lift_lightning import cli
 from lift_lightning.errors import ConfigError
-from lift_lightning.sweep import SWEEP_FILE, SweepError, overall, sweep, sweep_table
+from lift_lightning.sweep import SWEEP_FILE, SweepError, best_value, sweep, sweep_table
 
 
 def results(**right: int) -> dict:
     """Of tasks with ten samples each; the paper's rule finds one more right."""
-    tasks = {
-        task: {"strict": {"accuracy": count / 10}, "paper": {"accuracy": (count + 1) / 10}}
-        for task, count in right.items()
+    return {
+        "tasks": {
+            task: {"strict": {"accuracy": count / 10}, "paper": {"accuracy": (count + 1) / 10}}
+            for task, count in right.items()
+        }
     }
-    return {"tasks": tasks, "means": {}}
 
 
 def test_a_sweep_of_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -35,11 +36,10 @@ def test_a_sweep_of_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     run += ["--data.cache_dir", str(tmp_path / "cache")]
     own = ["--option", "lift.rank", "--values", "[1, 2]", "--output", str(tmp_path / "out")]
     cli.main(["sweep", *own, "--", *run])
-    assert "Accuracy by lift.rank" in capsys.readouterr().out
+    assert "Scores by lift.rank" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / SWEEP_FILE).read_text())
     assert [one["value"] for one in found["runs"]] == ["1", "2"]
-    assert set(found["runs"][0]["tasks"]) == {"addsub"}
-    assert set(found["best"]) == {"paper", "strict"}
+    assert list(found["runs"][0]["scores"]) == ["addsub", "mean, strict rule", "mean, paper rule"]
     for rank in (1, 2):
         written = (tmp_path / f"out/lift.rank={rank}/logs/version_0/config.yaml").read_text()
         assert f"\n  rank: {rank}\n" in written
@@ -66,26 +66,47 @@ def test_it_goes_on_from_the_newest_checkpoint(tmp_path: Path, monkeypatch: pyte
     arguments = ("model.lr", [1e-3, 2e-3], str(tmp_path / "out"), ["--config", "a.yaml"])
     with pytest.raises(SweepError, match=r"the run with --model.lr 0.002 ended with status 1"):
         sweep(*arguments)
-    assert json.loads((tmp_path / "out" / SWEEP_FILE).read_text())["best"] == {"paper": "0.001", "strict": "0.001"}
+    assert json.loads((tmp_path / "out" / SWEEP_FILE).read_text())["best"]["addsub"] == "0.001"
     sweep(*arguments)
     assert len(commands) == 3
     assert "--ckpt_path" not in commands[0] + commands[1]
     assert commands[2][commands[2].index("--ckpt_path") + 1].endswith(
         "model.lr=0.002/logs/version_0/checkpoints/last.ckpt"
     )
-    assert json.loads((tmp_path / "out" / SWEEP_FILE).read_text())["best"]["strict"] == "0.002"
+    assert json.loads((tmp_path / "out" / SWEEP_FILE).read_text())["best"]["mean, strict rule"] == "0.002"
+
+
+def test_a_metric_of_the_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    commands = []
+
+    def run(command, **kwargs):
+        commands.append(command)
+        place = Path(command[command.index("--trainer.default_root_dir") + 1])
+        for version, values in enumerate((("0.1", ""), ("0.4", "0.2"))):  # resumed once
+            (place / f"logs/version_{version}").mkdir(parents=True)
+            rows = "".join(f"{i},{value},2.5\n" for i, value in enumerate(values))
+            (place / f"logs/version_{version}/metrics.csv").write_text(f"step,val_matthews,train_loss\n{rows}")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    arguments = {"option": "lift.rank", "values": [4], "run": ["--config", "configs/glue.yaml"]}
+    file = sweep(**arguments, output=str(tmp_path / "most"), metric="val_matthews")
+    assert json.loads(file.read_text())["runs"] == [{"value": "4", "scores": {"val_matthews": 0.4}}]
+    file = sweep(**arguments, output=str(tmp_path / "least"), metric="val_matthews", mode="min")
+    assert json.loads(file.read_text())["runs"] == [{"value": "4", "scores": {"val_matthews": 0.1}}]
+    assert commands[0][3] == "fit"
+    with pytest.raises(SweepError, match="logged no val_f1, but step, train_loss, val_matthews: choose one"):
+        sweep(**arguments, output=str(tmp_path / "none"), metric="val_f1")
 
 
 def test_the_table_marks_the_best():
-    found = {"16": results(addsub=3, gsm8k=4), "32": results(addsub=5, gsm8k=1)}
-    assert overall(found["16"], "strict") == pytest.approx(0.35)
+    found = {"16": {"addsub": 0.3, "mean": 0.35}, "32": {"addsub": 0.5, "mean": 0.3}}
     console = Console(width=100, record=True)
     console.print(sweep_table("lift.rank", found))
     text = console.export_text()
-    assert "35.0% *" in text
-    assert "45.0% *" in text
-    assert "30.0% *" not in text
-    assert "optimistic" in text
+    assert all(mark in text for mark in ("0.5000 *", "0.3500 *", "optimistic"))
+    assert "0.3000 *" not in text
+    assert best_value(found, "addsub", "min") == "16"
 
 
 @pytest.mark.parametrize(
