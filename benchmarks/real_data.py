@@ -30,6 +30,7 @@ from lift_lightning.datamodules import (
     SFTDataModule,
 )
 from lift_lightning.datamodules.rows import Rows, converted
+from lift_lightning.datamodules.sources import read_text
 from lift_lightning.evaluation.humaneval import read_problems
 from lift_lightning.evaluation.scoring import parse_gold
 from lift_lightning.evaluation.tasks import get_task
@@ -105,7 +106,7 @@ def problems(path: str, tokenizer: Any, cache: str) -> list[int]:
 
 def text(path: str, tokenizer: Any, cache: str) -> list[int]:
     """One text, which `perplexity` takes as a whole."""
-    return [len(encode_prompt(tokenizer, Path(path).read_text(encoding="utf-8")))]
+    return [len(encode_prompt(tokenizer, read_text(Path(path))))]
 
 
 class SeedTasks(SFTDataModule):

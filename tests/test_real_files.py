@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from lift_lightning.datamodules import GSM8KDataModule, Math10KDataModule, SFTDataModule
 from lift_lightning.datamodules.rows import DataError
+from lift_lightning.datamodules.sources import read_text
 from lift_lightning.evaluation.perplexity import perplexity
 from lift_lightning.evaluation.tasks import get_task
 
@@ -110,8 +111,7 @@ class Clueless(torch.nn.Module):
 @pytest.mark.parametrize(("name", "words"), [("valid", 217_646 - 3_760), ("test", 245_569 - 4_358)])
 def test_perplexity_takes_the_whole_of_wikitext(name: str, words: int):
     path = Path(f"{DATA}/wikitext2/{name}.txt")
-    text = path.read_text(encoding="utf-8")
-    found = perplexity(Clueless(), byte_tokenizer(), text, window=16384, stride=8192)
+    found = perplexity(Clueless(), byte_tokenizer(), read_text(path), window=16384, stride=8192)
     assert (found.tokens, found.words) == (path.stat().st_size, words)  # a BOS stands before the first byte
     assert found.token == pytest.approx(259)
 
