@@ -15,12 +15,10 @@ from lift_lightning.datamodules import (
     GSM8KDataModule,
     InstructionDataModule,
     Math10KDataModule,
-    S1KDataModule,
     SFTDataModule,
     StrategyQADataModule,
 )
 from lift_lightning.datamodules.rows import DataError
-from lift_lightning.datamodules.sources import read_rows
 from lift_lightning.evaluation.scoring import score
 from lift_lightning.evaluation.tasks import get_task
 from lift_lightning.prompts import render_prompt
@@ -104,37 +102,6 @@ def test_what_has_to_be_told_is_told(cls: type[SFTDataModule], notice: str, tmp_
     with caplog.at_level("INFO"):
         made(cls, rows, tmp_path)
     assert notice in caplog.text
-
-
-class MAWPS(InstructionDataModule):
-    """MAWPS as it was published, with equations for answers."""
-
-    def __init__(self, path: str, tokenizer) -> None:
-        super().__init__(path, tokenizer, instruction_column="original_text", output_column="equation")
-
-
-@pytest.mark.realdata
-@pytest.mark.skipif(not DATA, reason="LIFT_DATA_DIR is not set")
-@pytest.mark.parametrize(
-    ("cls", "path", "rows"),
-    [
-        (Math10KDataModule, "math_gsm8k_train.json", 7473),
-        (Commonsense170KDataModule, "llm_adapters/boolq/train.json", 9427),
-        (Commonsense170KDataModule, "llm_adapters/ARC-Easy/train.json", 2251),
-        (Commonsense170KDataModule, "llm_adapters/ARC-Challenge/train.json", 1119),
-        (Commonsense170KDataModule, "llm_adapters/openbookqa/train.json", 4957),
-        (MAWPS, "llm_adapters/mawps/trainset.json", 1898),
-        (GSM8KDataModule, "gsm8k/train.jsonl", 7473),
-        (GSM8KDataModule, "gsm8k/test.jsonl", 1319),
-        (AlpacaDataModule, "alpaca_demo/alpaca_en_demo.json", None),
-        (S1KDataModule, "s1k_shape_sample.jsonl", 2),
-    ],
-)
-def test_real_files_have_the_rows_that_they_should(cls: type[SFTDataModule], path: str, rows: int | None):
-    data = cls(f"{DATA}/{path}", byte_tokenizer())
-    read = data.read(f"{DATA}/{path}", "train")
-    data.check_source(read)
-    assert len(data.check(read)) == (len(read_rows(f"{DATA}/{path}")) if rows is None else rows)
 
 
 @pytest.mark.realdata

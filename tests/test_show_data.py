@@ -12,11 +12,11 @@ from rich.console import Console
 from tiny import byte_tokenizer, save_tiny_llama, write_sums
 
 from lift_lightning import cli
-from lift_lightning.datamodules import Math10KDataModule
+from lift_lightning.datamodules import FineTuningDataModule, GLUEDataModule, Math10KDataModule
 from lift_lightning.show_data import show_data
 
 
-def shown(data: Math10KDataModule, styles: bool = False) -> str:
+def shown(data: FineTuningDataModule, styles: bool = False) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
     show_data(data, console)
     return console.export_text(styles=styles)
@@ -69,3 +69,19 @@ def test_the_command_takes_the_options_of_fit(
     output = capsys.readouterr().out
     assert "20 of 24" in output
     assert "The answer is" in output
+
+
+def test_rows_with_labels(tmp_path: Path):
+    for split, count in (("train", 12), ("dev", 4)):
+        lines = "".join(f"gj04\t{int(i % 4 > 0)}\t*\tSentence {'x' * i}.\n" for i in range(count))
+        (tmp_path / f"{split}.tsv").write_text(lines)
+    text = shown(GLUEDataModule("cola", str(tmp_path), byte_tokenizer(), max_length=20, cache_dir=str(tmp_path / "c")))
+    table = {
+        name.strip(): value.strip()
+        for name, value in (line[1:-1].split("│") for line in text.splitlines() if line.count("│") == 3)
+    }
+    assert (table["rows for training"], table["rows for validation"]) == ("12", "4")
+    assert table["labels"] == "0: 25.0%, 1: 75.0%"
+    assert table["rows cut at max_length"] == "2 (max_length 20)"
+    assert "label: 0" in text
+    assert "Sentence" in text
