@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import byte_tokenizer, save_tiny_llama, tiny_llama, write_sums
 
 from lift_lightning import cli
 from lift_lightning.datamodules.rows import DataError
+from lift_lightning.errors import ConfigError
 from lift_lightning.evaluate import evaluate
 from lift_lightning.evaluation import answering, generation
 from lift_lightning.evaluation.predictions import read_predictions
@@ -43,6 +45,23 @@ def test_several_tasks_each_with_its_own_limit(tmp_path: Path, monkeypatch: pyte
     decoding = {"num_beams": 4, "max_new_tokens": None, "temperature": None, "seed": 43}
     assert run == {**decoding, "limit": 4, "model": "mine"}
     assert [p.index for p in read_predictions(tmp_path / "out/boolq.jsonl")] == [0, 1, 2, 3]
+
+
+def test_drawn_answers_follow_from_the_seed(tmp_path: Path):
+    sums = write_sums(tmp_path / "sums.json", rows=6)
+
+    def drawn(folder: str, **settings) -> str:
+        decoding = {"num_beams": 1, "max_new_tokens": 6, "batch_size": 4, "temperature": 0.9, **settings}
+        before = torch.get_rng_state()
+        evaluate(tiny_llama(), byte_tokenizer(), str(sums), tmp_path / folder, unknown_tasks="number", **decoding)
+        assert torch.equal(torch.get_rng_state(), before)  # of the caller's generator nothing is used
+        return (tmp_path / folder / "sums.jsonl").read_text()
+
+    first = drawn("first")
+    assert drawn("again") == first
+    assert len({drawn("seed", seed=44), drawn("greedy", temperature=None), first}) == 3
+    with pytest.raises(ConfigError, match="temperature 0.9 draws a text, of which there is one: set num_beams to 1"):
+        drawn("beams", num_beams=4)
 
 
 @pytest.mark.parametrize(

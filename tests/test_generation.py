@@ -110,6 +110,27 @@ def test_sampling_draws_from_the_whole_distribution() -> None:
     assert generate(model, tokenizer, ids, mask, settings) == texts
 
 
+def test_completions_end_where_the_positions_do(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    model.generation_config.eos_token_id = None
+    ids, mask = left_padded(PROMPTS)
+    model.config.max_position_embeddings = ids.shape[1] + 3
+    lengths: list[int] = []
+    inner = model.generate
+    model.generate = lambda **kwargs: lengths.append(kwargs["generation_config"].max_new_tokens) or inner(**kwargs)
+    for _ in range(2):
+        generate(model, tokenizer, ids, mask, GenerationSettings(num_beams=1, max_new_tokens=9))
+    assert lengths == [3, 3]
+    told = [record.getMessage() for record in caplog.records if "positions" in record.getMessage()]
+    positions = ids.shape[1] + 3
+    assert told == [
+        f"completions may not take 9 tokens: prompt and completion together have the model's {positions} positions"
+    ]
+    model.config.max_position_embeddings = ids.shape[1]
+    with pytest.raises(ValueError, match=f"a prompt of {ids.shape[1]} tokens leaves none of the model's"):
+        generate(model, tokenizer, ids, mask, GREEDY)
+
+
 def test_defaults_are_the_papers() -> None:
     assert GenerationSettings() == GenerationSettings(num_beams=4, max_new_tokens=256, do_sample=False)
 
