@@ -123,7 +123,7 @@ def best_value(found: Mapping[str, Scores], name: str, mode: str) -> str:
 
 
 def sweep_table(option: str, found: Mapping[str, Scores], mode: str = "max") -> Table:
-    """One row for each value of the option, one column for each score, with the best of each marked.
+    """One row for each score, one column for each value of the option, with the best of each row marked.
 
     Args:
         option: that was varied.
@@ -132,12 +132,11 @@ def sweep_table(option: str, found: Mapping[str, Scores], mode: str = "max") -> 
     """
     caption = "* best by the rows that are shown, as in the paper's tables of best ranks: an optimistic choice"
     table = Table(title=f"Scores by {option}", caption=caption)
-    table.add_column(option, justify="right", no_wrap=True)
-    names = list(next(iter(found.values())))
-    for name in names:
-        table.add_column(name, justify="right")
-    best = {name: best_value(found, name, mode) for name in names}
-    for value, scores in found.items():
-        cells = [f"{scores[name]:.4f}{' *' if value == best[name] else ''}" for name in names]
-        table.add_row(value, *cells)
+    table.add_column("", no_wrap=True)
+    for value in found:
+        table.add_column(value, justify="right", no_wrap=True)
+    for name in next(iter(found.values())):
+        best = best_value(found, name, mode)
+        cells = [f"{scores[name]:.4f}{' *' if value == best else '  '}" for value, scores in found.items()]
+        table.add_row(name, *cells)
     return table
