@@ -42,6 +42,8 @@ LEVELS = {
     "lift_lightning.refresh": 2,
     "lift_lightning.summary": 2,
     "lift_lightning.delta": 2,
+    "lift_lightning.delta.coding": 0,
+    "lift_lightning.delta.bits": 0,
     "lift_lightning.models": 2,
     "lift_lightning.weight_files": 2,
     "lift_lightning.evaluation": 2,
