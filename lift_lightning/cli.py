@@ -19,7 +19,8 @@ from lift_lightning.consolidate import consolidate
 from lift_lightning.datamodules import FineTuningDataModule, SFTDataModule
 from lift_lightning.datamodules.finetuning import DEFAULT_SEED
 from lift_lightning.datamodules.rows import DataError
-from lift_lightning.errors import CheckpointError, ConfigError
+from lift_lightning.delta_commands import COMMANDS as DELTA_COMMANDS
+from lift_lightning.errors import CheckpointError, ConfigError, DeltaError
 from lift_lightning.evaluation.tasks import is_known
 from lift_lightning.export import export
 from lift_lightning.models import ModelUnavailableError
@@ -33,13 +34,21 @@ USER_ERRORS = (
     CheckpointError,
     ConfigError,
     DataError,
+    DeltaError,
     FileExistsError,
     FileNotFoundError,
     MisconfigurationException,
     ModelUnavailableError,
 )
 
-TOOLS: dict[str, Callable[..., Path]] = {"export": export, "consolidate": consolidate, "predict": predict}
+# A function, or functions by the name of a command of their own.
+Tool = Callable[..., Path | str | None]
+TOOLS: dict[str, Tool | dict[str, Tool]] = {
+    "export": export,
+    "consolidate": consolidate,
+    "predict": predict,
+    "delta": DELTA_COMMANDS,
+}
 
 USAGE = """\
 usage: {prog} COMMAND [--config FILE ...] [--section.option VALUE ...]
@@ -53,6 +62,7 @@ commands:
   predict    write what a model answers to a file of instructions
   export     write a checkpoint as a Hugging Face folder
   consolidate  make one file of a checkpoint folder that several devices wrote
+  delta      what differs from the base as a small adapter: delta {{extract,apply,merge,inspect,diff,push}}
 
 sections of a configuration: model (what is trained, and how), data, lift (the selection), trainer (Lightning's).
 
@@ -179,7 +189,8 @@ def main(argv: list[str] | None = None) -> None:
 def _dispatch(command: str, rest: list[str]) -> None:
     if command in TOOLS:
         written = jsonargparse.auto_cli(TOOLS[command], args=rest, as_positional=False, prog=f"{_prog()} {command}")
-        print(f"wrote {written}")
+        if written is not None:
+            print(f"wrote {written}")
     elif command == "data":
         sys.argv[1:] = rest
         data = lightning_cli(run=False).datamodule

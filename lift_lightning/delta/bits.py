@@ -42,4 +42,4 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 def checksum(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, in hexadecimal; dtype and shape are not in it."""
-    return hashlib.sha256(memoryview(bits(tensor.detach().cpu().contiguous()).numpy())).hexdigest()
+    return hashlib.sha256(bits(tensor.detach().cpu().contiguous()).numpy().data).hexdigest()
