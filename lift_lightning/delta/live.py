@@ -150,8 +150,11 @@ def revert(model: nn.Module, delta: Delta) -> None:
         delta: with the base's values (`store_base_values`).
 
     Raises:
-        DeltaError: if it has no base values, has added or reshaped a tensor, or its entries are not in the model.
+        DeltaError: if it has no base values, has added or reshaped a tensor, its entries are not in the model, or
+            `apply` put one on the model, which is the one that takes it off.
     """
+    if (other := _APPLIED.get(model)) is not None:
+        raise DeltaError(f"{other.delta.label} is on this model: call revert() of what apply returned")
     if not delta.description.base_values:
         raise DeltaError(
             f"{delta.label} has no values of the base: extract it with store_base_values, or load the base itself, "
@@ -165,7 +168,6 @@ def revert(model: nn.Module, delta: Delta) -> None:
     for change in changes:
         values = delta.tensors[f"{change.name}.{before[change.indices is None]}"]
         change.write(bits(values).to(change.target.device))
-    _APPLIED.pop(model, None)
 
 
 def check_base(tensor: Tensor, name: str, delta: Delta) -> None:
