@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -41,9 +42,8 @@ USER_ERRORS = (
     ModelUnavailableError,
 )
 
-# A function, or functions by the name of a command of their own.
-Tool = Callable[..., Path | str | None]
-TOOLS: dict[str, Tool | dict[str, Tool]] = {
+# Functions; or several of them, by the name of a command of their own.
+TOOLS: dict[str, Any] = {
     "export": export,
     "consolidate": consolidate,
     "predict": predict,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -103,7 +103,7 @@ class ModelSource:
     Of tied parameters the names that the base has are taken, all of them: old checkpoints hold a tied head as well.
 
     Args:
-        model: not split over devices.
+        model: not split over devices; or its tensors, where tied names have one tensor.
         names_in_base: of the checkpoint that it is compared with.
         label: what messages call it.
 
@@ -111,11 +111,16 @@ class ModelSource:
         DeltaError: if its parameters are split over devices.
     """
 
-    def __init__(self, model: nn.Module, names_in_base: Iterable[str], label: str = "the model in memory") -> None:
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        names_in_base: Iterable[str],
+        label: str = "the model in memory",
+    ) -> None:
         self.label = label
         known = set(names_in_base)
         self._tensors: dict[str, Tensor] = {}
-        for names, tensor in tensors_of(model):
+        for names, tensor in tensors_of(model) if isinstance(model, nn.Module) else _tied(model):
             kept = [name for name in names if name in known] or names[:1]
             self._tensors.update(dict.fromkeys(kept, tensor))
 
@@ -163,6 +168,13 @@ def tensors_of(model: nn.Module) -> list[tuple[list[str], Tensor]]:
                 f"{names[0]} is split over several devices: a delta is made of, and applied to, a model that each "
                 "process has whole; load it without FSDP"
             )
+    return list(found.values())
+
+
+def _tied(tensors: Mapping[str, Tensor]) -> list[tuple[list[str], Tensor]]:
+    found: dict[int, tuple[list[str], Tensor]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(found.values())
 
 
