@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +21,8 @@ from lift_lightning.consolidate import consolidate
 from lift_lightning.datamodules import FineTuningDataModule, SFTDataModule
 from lift_lightning.datamodules.finetuning import DEFAULT_SEED
 from lift_lightning.datamodules.rows import DataError
-from lift_lightning.errors import CheckpointError, ConfigError
+from lift_lightning.delta_commands import COMMANDS as DELTA_COMMANDS
+from lift_lightning.errors import CheckpointError, ConfigError, DeltaError
 from lift_lightning.evaluation.tasks import is_known
 from lift_lightning.export import export
 from lift_lightning.humaneval import humaneval
@@ -38,6 +39,7 @@ USER_ERRORS = (
     CheckpointError,
     ConfigError,
     DataError,
+    DeltaError,
     FileExistsError,
     FileNotFoundError,
     MisconfigurationException,
@@ -45,13 +47,15 @@ USER_ERRORS = (
     SweepError,
 )
 
-TOOLS: dict[str, Callable[..., Path]] = {
+# Functions; or several of them, by the name of a command of their own.
+TOOLS: dict[str, Any] = {
     "export": export,
     "consolidate": consolidate,
     "predict": predict,
     "humaneval": humaneval,
     "perplexity": perplexity,
     "sweep": sweep,
+    "delta": DELTA_COMMANDS,
 }
 
 USAGE = """\
@@ -69,6 +73,7 @@ commands:
   perplexity  how well a model expects a text
   export     write a checkpoint as a Hugging Face folder
   consolidate  make one file of a checkpoint folder that several devices wrote
+  delta      what differs from the base as a small adapter: delta {{extract,apply,merge,inspect,diff,push}}
 
 sections of a configuration: model (what is trained, and how), data, lift (the selection), trainer (Lightning's).
 
@@ -205,7 +210,8 @@ def _dispatch(command: str, rest: list[str]) -> None:
             place = rest.index("--")
             rest = [*rest[:place], f"--run={json.dumps(rest[place + 1 :])}"]
         written = jsonargparse.auto_cli(TOOLS[command], args=rest, as_positional=False, prog=f"{_prog()} {command}")
-        print(f"wrote {written}")
+        if written is not None:
+            print(f"wrote {written}")
     elif command == "data":
         sys.argv[1:] = rest
         show_data(lightning_cli(run=False).datamodule)

@@ -10,3 +10,7 @@ class ConfigError(ValueError):
 
 class CheckpointError(ValueError):
     """A file or folder is no checkpoint of a training run, or not a whole one."""
+
+
+class DeltaError(ValueError):
+    """A delta is broken, does not fit the weights that it is given, or cannot be made of two checkpoints."""

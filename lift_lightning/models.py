@@ -154,9 +154,7 @@ def load_empty_model(
     """
     name = os.fspath(model_name_or_path)
     location, _, config = _find_model(name, "causal_lm", revision, {})
-    folder = Path(location)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(location, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+    folder = _downloaded(location, revision)
     files = WeightFiles(folder)
     # Written into the config by from_config; None leaves the choice to transformers, as in from_pretrained.
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -169,6 +167,28 @@ def load_empty_model(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.train()
     return model, files
+
+
+def model_folder(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder that holds a model's safetensors, config and tokenizer, fetched from the hub where it is a hub id.
+
+    Args:
+        name_or_path: a folder, or a hub id.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ModelUnavailableError: if there is no such model, or it cannot be reached.
+    """
+    location, _ = _locate("model", os.fspath(name_or_path), revision, needs="config.json")
+    return _downloaded(location, revision)
+
+
+def _downloaded(location: str, revision: str | None) -> Path:
+    folder = Path(location)
+    if folder.is_dir():
+        return folder
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]  # weights, configs, tokenizers
+    return Path(snapshot_download(location, revision=revision, allow_patterns=patterns))
 
 
 @contextmanager
@@ -244,7 +264,7 @@ def export_model(
         with _valid_generation_config(model):
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        _move_into_place(partial, target)
+        move_into_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -406,7 +426,8 @@ def _find_pad_token_id(name: str, revision: str | None, config: Any) -> int | No
     return tokenizer.eos_token_id if tokenizer.eos_token_id in known else known[0]
 
 
-def _move_into_place(partial: Path, target: Path) -> None:
+def move_into_place(partial: Path, target: Path) -> None:
+    """Give a folder that is complete its name; what has the name is replaced, and kept if that fails."""
     if not target.exists():
         partial.rename(target)
         return

@@ -36,11 +36,21 @@ class WeightFiles:
             names = ["model.safetensors"]
         self._handles = ExitStack()
         self._slices: dict[str, Any] = {}
+        self._file_of: dict[str, Any] = {}
         for name in names:
             if not (folder / name).is_file():
                 raise WeightLayoutError(f"{folder} has no {name}")
             file = self._handles.enter_context(safe_open(folder / name, framework="pt"))
             self._slices.update((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118  # not a dict
+            self._file_of.update(dict.fromkeys(file.keys(), file))
+
+    def names(self) -> list[str]:
+        """Of all tensors, in the files' order."""
+        return list(self._file_of)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory."""
+        return self._file_of[name].get_tensor(name)
 
     def match(self, model: nn.Module) -> None:
         """Find each parameter in the files, a tied one under any of its names.
@@ -73,4 +83,5 @@ class WeightFiles:
     def close(self) -> None:
         """The files."""
         self._slices.clear()
+        self._file_of.clear()
         self._handles.close()

@@ -99,6 +99,10 @@ NOT_RUN = {
     "python main.py sweep --option lift.rank --values '[16, 32, 64, 128, 256]' --output runs/cola-ranks "
     "--metric val_matthews -- --config configs/glue.yaml --data.task cola": "needs GLUE",
     "torchrun --nproc-per-node 2 examples/plug_in_fsdp2.py": "tests/test_examples.py runs it",
+    "python main.py delta merge --inputs '[my-delta, other-delta]' --output both --overlap mean": (
+        "needs a second delta; tests/test_delta_commands.py merges"
+    ),
+    "python main.py delta push --delta my-delta --repo_id user/name": "tests/test_delta_format.py pushes, to no hub",
     "pip install -c constraints.txt -e .": "changes the environment of the tests; tests/test_packaging.py installs",
 }
 # Of docs/glue.md: they need GLUE, or models of the hub. tests/test_glue.py runs such commands on rows made there.
@@ -286,7 +290,7 @@ def run_command(command: str, things: dict[str, str]) -> None:
     """A command of `python main.py`, in this process, as the dispatcher runs it."""
     words = [fill_in(word, things) for word in shlex.split(command)]
     args = words[2:] if words[0] == "python" else words[1:]
-    if args[0] not in ("export", "predict", "perplexity") and "--help" not in args:
+    if args[0] not in ("export", "predict", "perplexity", "delta") and "--help" not in args:
         fit = ["fit" if args[0] in ("run", "data") else args[0], *args[1:]]
         settings = parsed([word for word in fit if word != "--print_config"])
         Path("smaller.yaml").write_text(yaml.safe_dump(smaller(settings, things)), encoding="utf-8")

@@ -39,3 +39,16 @@ def test_plug_in_under_fsdp2(tmp_path):
     assert float(re.search(r"accuracy of the last batch: (\d+)%", output)[1]) > 80
     # 2000 rows, 16 on each of two ranks: 63 steps an epoch, 252 in all.
     assert re.findall(r"selected before step (\d+)", output) == ["1", "50", "100", "150", "200", "250"]
+
+
+def test_hot_swap(tmp_path):
+    output = run("hot_swap.py", tmp_path)
+    assert [
+        int(size) < 0.1 * int(whole) for size, whole in re.findall(r": (\d+) KiB, of a model of (\d+)", output)
+    ] == [
+        True,
+        True,
+    ]
+    assert (
+        re.findall(r"equal to the trained model: (\w+); .*, equal to the base: (\w+)", output) == [("True", "True")] * 3
+    )

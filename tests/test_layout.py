@@ -42,6 +42,8 @@ LEVELS = {
     "lift_lightning.refresh": 2,
     "lift_lightning.summary": 2,
     "lift_lightning.delta": 2,
+    "lift_lightning.delta.coding": 0,
+    "lift_lightning.delta.bits": 0,
     "lift_lightning.models": 2,
     "lift_lightning.inference": 2,
     "lift_lightning.weight_files": 2,
@@ -68,6 +70,7 @@ LEVELS = {
     "lift_lightning.__main__": 4,
     "lift_lightning.show_data": 4,
     "lift_lightning.consolidate": 4,
+    "lift_lightning.delta_commands": 4,
     "main": 4,
 }
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
