@@ -90,6 +90,8 @@ NOT_RUN = {
     "--model.num_beams 1 --data.test_limit 200 --data.eval_batch_size 32 --data.test_path '[AddSub/test.json,"
     "MultiArith/test.json,gsm8k/test.json,boolq/test.json,ARC-Easy/test.json,openbookqa/test.json]' "
     "--trainer.accelerator cpu --trainer.precision 32-true": "needs the test sets and a real model, and an hour",
+    "python main.py perplexity --model_name_or_path SmolLM2-135M-Instruct --path wikitext2/test.txt "
+    "--output perplexity.json --max_tokens 20000": "needs the text and a real model",
     "python main.py humaneval --model_name_or_path path/to/a/model --path path/to/HumanEval.jsonl.gz "
     "--output humaneval --allow_code_execution true": "tests/test_humaneval.py runs it where the machine allows it",
     "python main.py sweep --option lift.rank --values '[16, 32, 64, 128, 256]' --output runs/ranks -- "
