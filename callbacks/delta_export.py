@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from lift_lightning.callbacks.mask_refresh import MaskRefreshCallback
 from lift_lightning.delta import Delta, ModelSource, extract, open_folder
 from lift_lightning.delta.format import check_delta_folder
-from lift_lightning.errors import DeltaError
-from lift_lightning.param_groups import clean_name
+from lift_lightning.delta.sources import check_names_in_base
 from lift_lightning.sharding import all_ranks, owned, whole_weights
 
 T = TypeVar("T")
@@ -74,7 +73,7 @@ class DeltaExport(pl.Callback):
         def check() -> None:
             check_delta_folder(target, overwrite=self.overwrite)
             with open_folder(base, revision) as source:
-                _check_names(model, source.names(), new)
+                check_names_in_base(model, source.names(), new)
 
         _on_first(check)
 
@@ -132,24 +131,6 @@ def _model_of(module: pl.LightningModule) -> PreTrainedModel:
             f"{type(module).__name__} has no model of transformers, whose base DeltaExport could compare it with"
         )
     return found
-
-
-def _check_names(model: PreTrainedModel, in_base: list[str], new: Iterable[str] | None) -> None:
-    """What transformers fuses or renames when it loads it would all be new, and nothing of the base would be kept."""
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(clean_name(name))
-    known = set(in_base)
-    unknown = [names for names in aliases.values() if known.isdisjoint(names)]
-    if new is not None:
-        unknown = [names for names in unknown if set(new).isdisjoint(names)]
-    elif len(unknown) < len(aliases):
-        unknown = []  # a head of the user's own, perhaps
-    if unknown:
-        raise DeltaError(
-            f"the base's files have no {unknown[0][0]}: they hold the parameters under other names than the model; "
-            "export the checkpoint and the base as model folders, and compare those with delta extract"
-        )
 
 
 def _config_of(model: PreTrainedModel) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from lift_lightning.errors import CheckpointError
 from lift_lightning.models import ModelUnavailableError, check_export_folder, export_model, load_tokenizer
 from lift_lightning.module import LiftLightningModule
+from lift_lightning.strategies import WEIGHTS_KEY
 
 
 def export(
@@ -73,8 +74,11 @@ def _weights_dtype(ckpt_path: str) -> torch.dtype:
         raise FileNotFoundError(f"there is no checkpoint file {ckpt_path!r}")
     try:
         # Memory-mapped: the weights are looked at, not read.
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-        dtypes = [weight.dtype for name, weight in weights.items() if name.startswith("model.")]
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        dtypes = [weight.dtype for name, weight in checkpoint["state_dict"].items() if name.startswith("model.")]
+        if WEIGHTS_KEY in checkpoint:
+            records = checkpoint[WEIGHTS_KEY]["description"]["tensors"].values()
+            dtypes += [getattr(torch, record["dtype"]) for record in records if record["kind"] != "removed"]
     except Exception as error:  # torch.load and a foreign file's contents fail in many ways
         raise CheckpointError(f"{ckpt_path!r} is no checkpoint of a training run: {type(error).__name__}") from error
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]

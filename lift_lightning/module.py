@@ -25,6 +25,9 @@ from transformers import PreTrainedModel
 from lift_lightning import __version__
 from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.callbacks.mask_refresh import CHECKPOINT_KEY as SELECTION_KEY
+from lift_lightning.delta import open_folder
+from lift_lightning.delta.checkpoint import with_base, without_base
+from lift_lightning.delta.sources import check_names_in_base
 from lift_lightning.errors import ConfigError
 from lift_lightning.evaluation.answering import Answering
 from lift_lightning.evaluation.classification import (
@@ -46,7 +49,9 @@ from lift_lightning.param_groups import build_param_groups
 from lift_lightning.reduction import GradientSum
 from lift_lightning.rng import rng_state, set_rng_state
 from lift_lightning.sharding import Ranks, all_ranks, allocate, flatten_model, fully_shard_model
-from lift_lightning.strategies import mixed_precision_of  # and with it the strategies that the Trainer finds by name
+
+# And with it the strategies that the Trainer finds by name.
+from lift_lightning.strategies import WEIGHTS_KEY, mixed_precision_of, refuse_split_models
 from lift_lightning.support import CountOptimizerSteps, SkipReporter, leave_unwrapped, refuse_unsupported
 from lift_lightning.weight_files import WeightFiles, WeightLayoutError
 
@@ -95,6 +100,8 @@ class LiftLightningModule(pl.LightningModule):
         temperature: of answers that are drawn from the model's distribution, by the seed of the run; null for the
             likeliest answer that the beams find.
         predictions_dir: where `test` writes predictions; `predictions` beside the logs of the run if null.
+        save_base_weights: whether checkpoints hold all weights. Else they hold the delta from the base, which must be
+            there when one is loaded.
         metrics: of a classification's validation: `accuracy`, `f1` (of class 1), `matthews`, or of a regression
             `pearson`, `spearman`; null takes those of the DataModule, else accuracy or both correlations.
         unknown_tasks: how `test` scores a file that is none of the known tasks: by its `number`, or its `exact` text;
@@ -134,6 +141,7 @@ class LiftLightningModule(pl.LightningModule):
         predictions_dir: str | None = None,
         unknown_tasks: GenericKind | None = None,
         metrics: list[MetricName] | None = None,
+        save_base_weights: bool = True,
     ) -> None:
         super().__init__()
         if accumulate_grad_batches < 1:
@@ -332,6 +340,10 @@ class LiftLightningModule(pl.LightningModule):
                 "method='lift' needs a MaskRefreshCallback to select the entries: Trainer(callbacks="
                 "[MaskRefreshCallback(interval=200, rank=128), ...])"
             )
+        if not self.hparams.save_base_weights:
+            refuse_split_models(self.trainer.strategy)
+            with open_folder(self.model_name_or_path, self.hparams.revision) as base:
+                check_names_in_base(self.hf_model, base.names(), self.new_parameters)
 
     def _has_selector(self) -> bool:
         return any(isinstance(callback, MaskRefreshCallback) for callback in self.trainer.callbacks)
@@ -597,8 +609,30 @@ class LiftLightningModule(pl.LightningModule):
             "loss": self._loss,
             "rng": [rng_state()] if self._ranks is None else self._ranks.objects(rng_state()),
         }
+        if not self.hparams.save_base_weights:
+            self._leave_out_base(checkpoint)
+
+    def _leave_out_base(self, checkpoint: dict[str, Any]) -> None:
+        weights = {
+            name.removeprefix("model."): checkpoint["state_dict"].pop(name)
+            for name in list(checkpoint["state_dict"])
+            if name.startswith("model.")
+        }
+        if self.trainer.is_global_zero:  # which writes the file
+            with open_folder(self.model_name_or_path, self.hparams.revision) as base:
+                checkpoint[WEIGHTS_KEY] = without_base(weights, base)
+
+    def _put_back_base(self, checkpoint: dict[str, Any]) -> None:
+        with open_folder(self.model_name_or_path, self.hparams.revision) as base:
+            weights = with_base(checkpoint.pop(WEIGHTS_KEY), base, "the checkpoint")
+        checkpoint["state_dict"].update({f"model.{name}": tensor for name, tensor in weights.items()})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep it until the first batch of a fit that resumes; what is only loaded must not reach into the next fit."""
+        """Keep it until the first batch of a fit that resumes; what is only loaded must not reach into the next fit.
+
+        Weights without the base's get those back, before they are loaded.
+        """
+        if WEIGHTS_KEY in checkpoint:
+            self._put_back_base(checkpoint)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self._restored = checkpoint.get(CHECKPOINT_KEY)

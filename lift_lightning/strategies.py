@@ -8,11 +8,17 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lift_lightning.errors import CheckpointError
+from lift_lightning.errors import CheckpointError, ConfigError
 from lift_lightning.sharding import (
     all_ranks,
     flatten_model,
@@ -24,6 +30,8 @@ from lift_lightning.sharding import (
 
 # In the folder of a checkpoint in parts, what is not weights or optimizer state; it is written last.
 META_FILE = "meta.pt"
+# In a checkpoint, the weights without those of the base, where `save_base_weights` is off.
+WEIGHTS_KEY = "lift_lightning_delta"
 
 
 class ReadsAllCheckpoints(ParallelStrategy):
@@ -40,6 +48,11 @@ class ReadsAllCheckpoints(ParallelStrategy):
             check_folder(path)
             return super().load_checkpoint(path, weights_only)
         checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        if WEIGHTS_KEY in checkpoint:
+            raise CheckpointError(
+                f"{str(path)!r} was saved with save_base_weights off, and its weights are no whole model that could be "
+                "split over devices: resume it on one device or by ddp"
+            )
         assert self.model is not None
         assert self.lightning_module is not None
         states = checkpoint["optimizer_states"] if self.optimizers else []
@@ -140,6 +153,19 @@ def mixed_precision_of(strategy: FSDPStrategy) -> Any:
     if strategy.mixed_precision is None and not strategy.precision_plugin.precision.endswith("mixed"):
         return None
     return strategy.mixed_precision_config
+
+
+def refuse_split_models(strategy: Strategy) -> None:
+    """Under which checkpoints cannot leave the base's weights out.
+
+    Raises:
+        ConfigError: if no process has the whole model.
+    """
+    if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+        raise ConfigError(
+            "save_base_weights=false compares whole weights with the base's, and under "
+            f"{type(strategy).__name__} no process has those: leave it on, and add DeltaExport for a delta at the end"
+        )
 
 
 def check_folder(path: Path) -> None:

@@ -103,7 +103,7 @@ class ModelSource:
     Of tied parameters the names that the base has are taken, all of them: old checkpoints hold a tied head as well.
 
     Args:
-        model: not split over devices; or its tensors, where tied names have one tensor.
+        model: not split over devices; or its state dict.
         names_in_base: of the checkpoint that it is compared with.
         label: what messages call it.
 
@@ -120,7 +120,7 @@ class ModelSource:
         self.label = label
         known = set(names_in_base)
         self._tensors: dict[str, Tensor] = {}
-        for names, tensor in tensors_of(model) if isinstance(model, nn.Module) else _tied(model):
+        for names, tensor in tensors_of(model) if isinstance(model, nn.Module) else tied(model):
             kept = [name for name in names if name in known] or names[:1]
             self._tensors.update(dict.fromkeys(kept, tensor))
 
@@ -171,10 +171,41 @@ def tensors_of(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     return list(found.values())
 
 
-def _tied(tensors: Mapping[str, Tensor]) -> list[tuple[list[str], Tensor]]:
-    found: dict[int, tuple[list[str], Tensor]] = {}
+def check_names_in_base(model: nn.Module, in_base: list[str], new: Iterable[str] | None) -> None:
+    """Whether the base's files hold a model's parameters under the model's names.
+
+    What transformers fuses or renames when it loads it would all be new, and nothing of the base would be found in it.
+
+    Args:
+        model: under any strategy.
+        in_base: names of the tensors in the files.
+        new: parameters that the base does not have; None if that is not known.
+
+    Raises:
+        DeltaError: if others than those are not there, or none is.
+    """
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(clean_name(name))
+    known = set(in_base)
+    unknown = [names for names in aliases.values() if known.isdisjoint(names)]
+    if new is not None:
+        unknown = [names for names in unknown if set(new).isdisjoint(names)]
+    elif len(unknown) < len(aliases):
+        unknown = []  # a head of the user's own, perhaps
+    if unknown:
+        raise DeltaError(
+            f"the base's files have no {unknown[0][0]}: they hold the parameters under other names than the model; "
+            "export the checkpoint and the base as model folders, and compare those with delta extract"
+        )
+
+
+def tied(tensors: Mapping[str, Tensor]) -> list[tuple[list[str], Tensor]]:
+    """Tensors with all the names that each has: those that are one memory, as tied ones are in a state dict."""
+    found: dict[object, tuple[list[str], Tensor]] = {}
     for name, tensor in tensors.items():
-        found.setdefault(id(tensor), ([], tensor))[0].append(name)
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
+        found.setdefault(memory, ([], tensor))[0].append(name)
     return list(found.values())
 
 
