@@ -36,13 +36,31 @@ def command(*words: str, cwd: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
+@pytest.mark.parametrize("precision", ["bf16-true"])  # 32-true passes too, and takes as long again
 def test_a_short_run_is_its_delta(precision: str, tmp_path: Path):
     fit = ["fit", "--config", str(ROOT / "configs/math10k.yaml"), "--model.model_name_or_path", MODEL]
     fit += ["--data.path", f"{DATA}/math_gsm8k_train.json", "--data.batch_size", "1", "--data.val_size", "4"]
-    fit += ["--data.cache_dir", "cache", "--data.max_samples", "64", "--model.accumulate_grad_batches", "1"]
+    fit += [
+        "--data.cache_dir",
+        "cache",
+        "--data.max_samples",
+        "64",
+        "--data.max_length",
+        "128",
+        "--model.accumulate_grad_batches",
+        "1",
+    ]
     fit += ["--lift.density", "0.05", "--lift.rank", "null", "--lift.lra_rank", "16", "--lift.interval", "2"]
-    fit += ["--model.lr", "1e-3", "--model.warmup_ratio", "0", "--trainer.max_steps", "3"]
+    fit += [
+        "--model.lr",
+        "1e-3",
+        "--model.warmup_ratio",
+        "0",
+        "--trainer.max_steps",
+        "3",
+        "--model.gradient_checkpointing",
+        "false",
+    ]
     fit += ["--trainer.precision", precision, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     fit += ["--trainer.callbacks+", "lift_lightning.callbacks.DeltaExport", "--trainer.callbacks.output", "d"]
     command(*fit, cwd=tmp_path)
