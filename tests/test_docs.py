@@ -100,6 +100,12 @@ NOT_RUN = {
     ),
     "python main.py sweep --option lift.rank --values '[16, 32, 64, 128, 256]' --output runs/cola-ranks "
     "--metric val_matthews -- --config configs/glue.yaml --data.task cola": "needs GLUE",
+    "python3 -m venv lm-eval-env": "makes an environment for another program",
+    "lm-eval-env/bin/pip install 'lm_eval[hf]==0.4.13'": "needs a network",
+    "lm-eval-env/bin/lm_eval run --model hf --model_args pretrained=my-model,dtype=float32 --include_path "
+    "examples/lm_eval --tasks llm_adapters_addsub,llm_adapters_boolq --metadata "
+    "llm_adapters=path/to/LLM-Adapters/dataset --device cpu --batch_size 16 --limit 100 --log_samples --output_path "
+    "lm-eval-results": "needs another program; tests/test_lm_eval.py reads its tasks",
     "torchrun --nproc-per-node 2 examples/plug_in_fsdp2.py": "tests/test_examples.py runs it",
     "python main.py delta merge --inputs '[my-delta, other-delta]' --output both --overlap mean": (
         "needs a second delta; tests/test_delta_commands.py merges"
