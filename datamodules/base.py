@@ -120,7 +120,7 @@ class SFTDataModule(FineTuningDataModule):
             return read_rows(
                 path,
                 source.split,
-                revision=self.revision if same else source.revision,
+                revision=self.revision if same else None,
                 subset=self.subset if same else source.subset,
                 option="--data.test_path",
             )

@@ -52,23 +52,27 @@ def read_rows(
     Raises:
         DataError: Nothing there, not readable, empty, or not rows.
     """
-    rows = Rows(path)
     local = Path(path).expanduser()
     if is_url(path):
-        suffix = _known_suffix(Path(path), option)
-        label = f"{path}, {_UNITS.get(suffix, 'row')}"
-        for number, row in _READERS[suffix](_download(path, option)):
-            rows.rows.append(row)
-            rows.places.append((label, number))
+        _check_suffix(Path(path), option)
+        rows = _read_files(path, [(path, _download(path, option))])
     elif local.exists() or looks_local(path):
-        for file in find_files(local, split, option):
-            for number, row in _READERS[file.suffix.lower()](file):
-                rows.rows.append(row)
-                rows.places.append((f"{file}, {_UNITS.get(file.suffix.lower(), 'row')}", number))
+        rows = _read_files(path, [(str(file), file) for file in find_files(local, split, option)])
     else:
         rows = _read_hub(path, split, revision, subset, option)
     if not rows.rows:
         raise DataError(f"{path} has no rows: give {option} a file with at least one")
+    return rows
+
+
+def _read_files(source: str, files: list[tuple[str, Path]]) -> Rows:
+    """The rows of files, each with the name that says what is in it; a download has another in its cache."""
+    rows = Rows(source)
+    for name, file in files:
+        suffix = Path(name).suffix.lower()
+        for number, row in _READERS[suffix](file):
+            rows.rows.append(row)
+            rows.places.append((f"{name}, {_UNITS.get(suffix, 'row')}", number))
     return rows
 
 
@@ -97,7 +101,7 @@ def find_files(path: Path, split: str, option: str = "--data.path") -> list[Path
             f"{path} looks like a local path and does not exist: correct {option} (a hub id is written owner/name)"
         )
     if path.is_file():
-        _known_suffix(path, option)
+        _check_suffix(path, option)
         return [path]
     found = [path / (split + extension) for extension in EXTENSIONS if (path / (split + extension)).is_file()]
     if len(found) == 1:
@@ -115,14 +119,12 @@ def find_files(path: Path, split: str, option: str = "--data.path") -> list[Path
     )
 
 
-def _known_suffix(path: Path, option: str) -> str:
-    suffix = path.suffix.lower()
-    if suffix not in EXTENSIONS:
+def _check_suffix(path: Path, option: str) -> None:
+    if path.suffix.lower() not in EXTENSIONS:
         raise DataError(
             f"{path} has the extension {path.suffix!r}; {option} reads {', '.join(EXTENSIONS)}: convert the file or "
             "rename it"
         )
-    return suffix
 
 
 def read_text(file: Path) -> str:

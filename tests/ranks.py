@@ -53,7 +53,7 @@ def _child(rank: int, work: Callable[..., Any], ranks: int, port: int, folder: P
     if dist.is_initialized():
         dist.destroy_process_group()
     # A thread of gloo may still hold a tensor of the last collective. Where it lets go of it while the interpreter
-    # shuts down, the process aborts, long after its work is done (pytorch/pytorch#179291): so it just ends.
+    # shuts down, the process can abort, long after its work is done (pytorch/pytorch#179291): so it just ends.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lift_lightning.collate import pad_prompts
 from lift_lightning.errors import ConfigError
 from lift_lightning.evaluation.generation import GenerationSettings, generate_within_memory
+from lift_lightning.evaluation.recorder import RESULTS_FILE, RUN_FILE
 from lift_lightning.evaluation.results import begin_run, write_json
 from lift_lightning.evaluation.sandbox import run_program
 from lift_lightning.prompts import choose_pad_id, encode_prompt
@@ -149,7 +150,7 @@ def humaneval(
     partial = target / "humaneval.jsonl.partial"
     about: dict[str, Any] = {"samples": samples, "seed": seed, "max_new_tokens": max_new_tokens}
     about |= {"temperature": temperature if drawn else None, **(run or {})}
-    resumes = begin_run(target / "run.json", about, partial.exists())
+    resumes = begin_run(target / RUN_FILE, about, partial.exists())
     solved = _solved(partial, samples) if resumes else {}
     settings = GenerationSettings(1, max_new_tokens, do_sample=drawn, temperature=temperature if drawn else 1.0)
     with partial.open("a" if resumes else "w", encoding="utf-8") as file:
@@ -167,9 +168,7 @@ def humaneval(
     found = {
         f"pass@{k}": sum(pass_at_k(samples, count, k) for count in right) / len(right) for k in (1, 10) if k <= samples
     }
-    write_json(
-        target / "results.json", {"task": "humaneval", "version": VERSION, "n": len(right), **found, "run": about}
-    )
+    write_json(target / RESULTS_FILE, {"task": "humaneval", "version": VERSION, "n": len(right), **found, "run": about})
     partial.replace(target / "humaneval.jsonl")
     return found
 

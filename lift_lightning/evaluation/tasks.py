@@ -27,14 +27,12 @@ class Source:
         licence: as its publisher states it.
         split: on the hub.
         subset: the dataset's configuration on the hub, where there are several.
-        revision: commit on the hub; None where none is known.
     """
 
     path: str
     licence: str
     split: str = "test"
     subset: str | None = None
-    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,9 +111,7 @@ GPQA_DIAMOND = Task(
     "letter",
     labels=tuple("ABCD"),
     samples=198,
-    source=Source(
-        "Idavidrein/gpqa", "CC-BY 4.0", "train", "gpqa_diamond", revision="90b8e5be2b1d3d2dbfe016cdab47981150600c4a"
-    ),
+    source=Source("Idavidrein/gpqa", "CC-BY 4.0", "train", "gpqa_diamond"),
     max_new_tokens=32768,
     cue=r"(?i:answer)[ \t]*:[ \t*]*[$(]?([A-D])\b",
     confidential=True,
