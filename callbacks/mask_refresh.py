@@ -9,16 +9,22 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 from torch.optim import Optimizer
 
+from lift_lightning.allocation import Share
 from lift_lightning.errors import ConfigError
+from lift_lightning.gradients import Statistics, drawn_batches, gradient_statistics
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.refresh import Bases, RefreshReport, gathered_bases, own_bases, refresh_masks
+from lift_lightning.schedules import Origins, Schedule, all_selected, part_of
 from lift_lightning.selection import SelectionConfig
-from lift_lightning.sharding import owned, ranks_of
-from lift_lightning.summary import parameter_summary, summary_table
+from lift_lightning.sharding import all_ranks, owned, ranks_of
+from lift_lightning.shares import SPLIT, Shares, divide_budget
+from lift_lightning.summary import parameter_summary, shares_table, summary_table
 from lift_lightning.support import OnNonfinite, SkipReporter, follow_wrapping, is_wrapped_by_ddp, refuse_unsupported
 
 CHECKPOINT_KEY = "lift_lightning"
@@ -35,6 +41,13 @@ class MaskRefreshCallback(pl.Callback):
 
     Args:
         interval: optimizer steps between refreshes; null keeps the first selection.
+        schedule: what a refresh does. `periodic` selects anew (the paper's method). `accumulate` adds to what is
+            selected, until the budget is reached with the last of `accumulate_selections`, and drops nothing (paper,
+            App. A). `drop_and_grow` sets the share `drop_fraction` of the entries, those that moved least, back to
+            their first values and selects as many others (SpIEL, arXiv 2401.16405); the share falls to 0 over the run,
+            in a line. What the last two train is never more than the budget's entries.
+        accumulate_selections: number of selections of `accumulate`, the first one counted.
+        drop_fraction: of `drop_and_grow`, at the beginning of the run; above 0 and up to 1.
         device: where decompositions run, such as `cuda:0` for weights on the CPU; each weight's own if not given.
         basis_device: where the subspace solver's bases wait for the next refresh, `cpu` to keep them out of the GPU's
             memory; where they were made if not given.
@@ -52,6 +65,9 @@ class MaskRefreshCallback(pl.Callback):
     def __init__(
         self,
         interval: int | None = 200,
+        schedule: Schedule = "periodic",
+        accumulate_selections: int = 4,
+        drop_fraction: float = 0.2,
         device: str | None = None,
         basis_device: str | None = None,
         on_nonfinite: OnNonfinite = "warn",
@@ -59,7 +75,18 @@ class MaskRefreshCallback(pl.Callback):
     ) -> None:
         if interval is not None and interval < 1:
             raise ConfigError(f"interval must be at least 1 optimizer step, or null for a fixed mask, got {interval}")
+        if accumulate_selections < 1:
+            raise ConfigError(f"accumulate_selections must be at least 1, got {accumulate_selections}")
+        if not 0 < drop_fraction <= 1:
+            raise ConfigError(f"drop_fraction must be above 0 and at most 1, got {drop_fraction}")
+        if schedule not in get_args(Schedule):
+            raise ConfigError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {schedule!r}")
+        if schedule != "periodic" and interval is None:
+            raise ConfigError(f"schedule={schedule} changes the selection: set interval, which is null")
         self.interval = interval
+        self.schedule = schedule
+        self.accumulate_selections = accumulate_selections
+        self.drop_fraction = drop_fraction
         self.device = device
         self.basis_device = basis_device
         self.on_nonfinite = on_nonfinite
@@ -77,12 +104,17 @@ class MaskRefreshCallback(pl.Callback):
         self._resolved = self.config  # its density counted over the targets of this model
         self._bases: Bases = {}
         self._checked_step = 0
+        self._selections = 0  # made so far, over all parts of a run that was resumed
+        self._shares: Shares | None = None  # where matrices have budgets of their own
+        self._origins = Origins()
 
     def should_refresh(self, step: int) -> bool:
         """Whether to select anew before optimizer step `step` (from 1). Override for another schedule.
 
         Asked once for each step; the first selection, before the first step of all, is not asked for.
         """
+        if self.schedule == "accumulate" and self._selections >= self.accumulate_selections:
+            return False
         return self.interval is not None and step % self.interval == 0
 
     # ---------------------------------------------------------------- hooks
@@ -120,7 +152,7 @@ class MaskRefreshCallback(pl.Callback):
             return
         self._checked_step = step
         if self.should_refresh(step):
-            self._refresh(trainer, step)
+            self._refresh(trainer, pl_module, step)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -167,6 +199,9 @@ class MaskRefreshCallback(pl.Callback):
                 "bases": {name: b for name, b in self._all_bases().items() if any(x is not None for x in b)},
                 "checked_step": self._checked_step,
                 "selection": asdict(self.config),
+                "selections": self._selections,
+                "shares": None if self._shares is None else {n: [list(s) for s in t] for n, t in self._shares.items()},
+                "origins": self._origins.values,
             }
         elif self._restored:  # of a run that was over when it was resumed
             checkpoint[CHECKPOINT_KEY] = self._restored
@@ -207,6 +242,11 @@ class MaskRefreshCallback(pl.Callback):
             optimizer.load_sparse_state_dict(self._restored["optimizer"])
             self._bases = own_bases(optimizer, self._resolved, self._restored["bases"])
             self._checked_step = self._restored["checked_step"]
+            self._selections = self._restored.get("selections", 1)
+            if (shares := self._restored.get("shares")) is not None:
+                self._shares = {name: [Share(*one) for one in theirs] for name, theirs in shares.items()}
+            self._origins = Origins(dict(self._restored.get("origins", {})))
+            self._refuse_another_schedule(optimizer)
             if self._restored["selection"] != asdict(self.config):
                 rank_zero_warn(
                     f"the selection was made with {self._restored['selection']}; what is set now, "
@@ -219,27 +259,101 @@ class MaskRefreshCallback(pl.Callback):
                     "moments that begin at zero"
                 )
             self._checked_step = optimizer.attempted_steps + 1
-            self._refresh(trainer, self._checked_step)
+            self._refresh(trainer, pl_module, self._checked_step)
         summary = parameter_summary(pl_module, optimizer)
         if trainer.is_global_zero:
             Console().print(summary_table(summary, optimizer))
 
-    def _refresh(self, trainer: pl.Trainer, step: int) -> None:
-        assert self._optimizer is not None
-        first = not self._optimizer.has_selection()
+    def _refuse_another_schedule(self, optimizer: SparseAdamW) -> None:
+        """What a schedule or a division of the budget builds on must have been there from the first selection."""
+        if self.schedule == "drop_and_grow" and not self._origins.values:
+            raise ConfigError(
+                "schedule=drop_and_grow sets entries back to the values from before the training, which this "
+                "checkpoint does not have: it was trained with another schedule; go on with that one"
+            )
+        if (self._resolved.divides or self.schedule == "accumulate") and self._shares is None:
+            raise ConfigError(
+                f"schedule={self.schedule}, allocation={self.config.allocation}, count={self.config.count} divide the "
+                "budget before the first selection, and this checkpoint was trained without: go on with its settings"
+            )
+
+    def _refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        optimizer = self._optimizer
+        assert optimizer is not None
+        first = not optimizer.has_selection()
         bar = trainer.progress_bar_callback
         show = first and trainer.is_global_zero and bar is not None and bar.is_enabled
+        if self.schedule != "periodic" and optimizer.split_over is not None:
+            raise ConfigError(SPLIT.format(what=f"schedule={self.schedule}"))
+        statistics = self._statistics(trainer, pl_module, step) if self.config.needs_gradients else None
+        if first and (self._resolved.divides or self.schedule == "accumulate"):
+            self._divide(trainer, statistics, show)
+        self._selections += 1
+        before = all_selected(optimizer)
+        shares, kept = self._shares, None
+        if self.schedule == "accumulate":
+            assert shares is not None
+            shares = part_of(shares, self._selections, self.accumulate_selections)
+            kept = None if first else before
+        elif self.schedule == "drop_and_grow" and not first:
+            kept = self._origins.drop(optimizer, self._share_to_drop(trainer, step))
         report = refresh_masks(
-            self._optimizer,
+            optimizer,
             self._resolved,
             device=self.device,
             basis_device=self.basis_device,
             bases=self._bases,
+            shares=shares,
+            statistics=statistics,
+            kept=kept,
             progress=lambda items: track(items, "Selecting principal weights", disable=not show),
         )
+        if self.schedule == "drop_and_grow":
+            self._origins.follow(optimizer, before)
         self._bases = report.bases
         self.history.append((step, replace(report, bases={})))  # the history would keep every old basis alive
         self._log(trainer, step, report, first)
+
+    def _share_to_drop(self, trainer: pl.Trainer, step: int) -> float:
+        steps = trainer.estimated_stepping_batches
+        return self.drop_fraction * max(0.0, 1 - step / steps) if 0 < steps < float("inf") else self.drop_fraction
+
+    def _divide(self, trainer: pl.Trainer, statistics: Statistics | None, show: bool) -> None:
+        assert self._optimizer is not None
+        self._shares = divide_budget(
+            self._optimizer,
+            self._resolved,
+            device=self.device,
+            statistics=statistics,
+            progress=lambda items: track(items, "Dividing the budget", disable=not show),
+        )
+        if self.config.divides and trainer.is_global_zero:
+            Console().print(shares_table(self._shares, self._optimizer))
+
+    def _statistics(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> Statistics:
+        """Of batches of the training data, on the module as it is in training."""
+        assert self._optimizer is not None
+        loss_of = getattr(pl_module, "selection_loss", None)
+        if loss_of is None or is_wrapped_by_ddp(trainer):
+            raise MisconfigurationException(
+                f"criterion={self.config.criterion} needs the gradient of single batches: give "
+                f"{type(pl_module).__name__} a method selection_loss(batch) that returns their loss, and train it on "
+                "one device; LiftLightningModule has one, and works under DDP too"
+            )
+        loader = trainer.train_dataloader
+        ranks, config = all_ranks(), self.config
+        seed = config.seed + step * (1 if ranks is None else ranks.size) + (0 if ranks is None else ranks.rank)
+        strategy = trainer.strategy
+
+        def loss(batch: Any) -> Tensor:
+            with strategy.precision_plugin.train_step_context():
+                found: Tensor = loss_of(strategy.batch_to_device(batch))
+            return found
+
+        power = config.gradient_power if config.criterion == "gradient" else 1
+        with isolate_rng():
+            batches = drawn_batches(loader, config.gradient_batches, seed)
+            return gradient_statistics(self._optimizer, loss, batches, power, ranks=ranks)
 
     def _log(self, trainer: pl.Trainer, step: int, report: RefreshReport, first: bool) -> None:
         metrics = {"lift_refresh_seconds": report.seconds, "lift_density": report.density}

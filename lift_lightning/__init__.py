@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lift_lightning.gradients import gradient_statistics
 from lift_lightning.lowrank import DecompositionError, LowRankFactors, low_rank_factors
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.param_groups import build_param_groups
 from lift_lightning.refresh import RefreshReport, refresh_masks
 from lift_lightning.selection import Selection, SelectionConfig, select, select_indices
+from lift_lightning.shares import divide_budget
 
 if TYPE_CHECKING:
     from lift_lightning.module import LiftLightningModule
@@ -24,6 +26,8 @@ __all__ = [
     "SelectionConfig",
     "SparseAdamW",
     "build_param_groups",
+    "divide_budget",
+    "gradient_statistics",
     "low_rank_factors",
     "refresh_masks",
     "select",

@@ -17,6 +17,7 @@ from torch import Tensor
 from lift_lightning.subspace import OVERSAMPLING, leading_subspace
 
 Solver = Literal["auto", "exact", "subspace"]
+Directions = Literal["largest", "smallest", "random", "hybrid"]
 SolverUsed = Literal["exact", "subspace", "exact after subspace"]
 
 # Error of the subspace solver, see `low_rank_factors`.
@@ -34,7 +35,7 @@ class DecompositionError(ValueError):
 
 
 class LowRankFactors(NamedTuple):
-    """`left @ right` is the best rank-R approximation of a matrix in the Frobenius norm.
+    """`left @ right` is the best rank-R approximation of a matrix in the Frobenius norm, or of other directions of it.
 
     Attributes:
         left: (M, R), float64 from the exact solver, float32 from the subspace solver (float64 for weights all below
@@ -60,6 +61,8 @@ def low_rank_factors(
     solver: Solver = "auto",
     basis: Tensor | None = None,
     tolerance: float = DEFAULT_TOLERANCE,
+    directions: Directions = "largest",
+    seed: int = 0,
 ) -> LowRankFactors:
     """Factor the best rank-R approximation of a matrix (Eckart-Young), on the matrix's own device.
 
@@ -83,6 +86,10 @@ def low_rank_factors(
         basis: from an earlier call, for a warm start. The exact solver needs none and is a function of the matrix
             alone; the subspace solver is one of the matrix and the basis.
         tolerance: for the estimated error of the subspace solver.
+        directions: which R singular directions the product keeps (paper, App. B.2): the `largest`, the `smallest`, R at
+            `random`, or `hybrid`, half of R, rounded up, the largest and the rest the smallest. All but the largest
+            take the exact solver.
+        seed: of the random ones.
 
     Returns:
         The two factors, the basis for the next call, which solver made them and the error it estimates.
@@ -99,6 +106,12 @@ def low_rank_factors(
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(get_args(Solver))}")
     largest = check_finite(weight)
     weight, rank = weight.detach(), min(rank, *weight.shape)
+    if directions not in get_args(Directions):
+        raise ValueError(f"unknown directions {directions!r}: choose one of {', '.join(get_args(Directions))}")
+    if directions != "largest":
+        if solver == "subspace":
+            raise ValueError(f"the subspace solver finds the largest directions only, not {directions}: take exact")
+        return _exact(weight, rank, largest, _places(directions, rank, min(weight.shape), seed))
     if solver == "exact" or (solver == "auto" and not _subspace_is_cheaper(weight.shape[0], weight.shape[1], rank)):
         return _exact(weight, rank, largest)
     factors = _subspace(weight, rank, basis, tolerance, largest)
@@ -187,7 +200,31 @@ def _subspace(weight: Tensor, rank: int, basis: Tensor | None, tolerance: float,
     return LowRankFactors(left, right, found.basis, "subspace", found.error)
 
 
-def _exact(weight: Tensor, rank: int, largest: float) -> LowRankFactors:
+def singular_values(weight: Tensor) -> Tensor:
+    """All S singular values of a matrix, in float64, descending.
+
+    Raises:
+        DecompositionError: if the matrix holds NaN or infinity, or the eigensolver does not converge.
+    """
+    largest = check_finite(weight) or 1.0
+    short_side_first = weight.detach() if weight.shape[0] <= weight.shape[1] else weight.detach().T
+    try:
+        squares = torch.linalg.eigvalsh(_gram(short_side_first, largest))
+    except torch.linalg.LinAlgError as error:
+        raise DecompositionError(f"the eigensolver did not converge on a {tuple(weight.shape)} matrix") from error
+    return squares.clamp(min=0).sqrt().flip(0) * largest
+
+
+def _places(directions: Directions, rank: int, side: int, seed: int) -> Tensor:
+    """(R,) places of the singular directions that are kept, of S in descending order."""
+    if directions == "smallest":
+        return torch.arange(side - rank, side)
+    if directions == "random":  # drawn on the CPU, so that every device gets the same
+        return torch.randperm(side, generator=torch.Generator().manual_seed(seed))[:rank].sort().values
+    return torch.cat([torch.arange(rank - rank // 2), torch.arange(side - rank // 2, side)])
+
+
+def _exact(weight: Tensor, rank: int, largest: float, places: Tensor | None = None) -> LowRankFactors:
     rows, columns = weight.shape
     wide = rows <= columns
     short_side_first = weight if wide else weight.T
@@ -196,7 +233,8 @@ def _exact(weight: Tensor, rank: int, largest: float) -> LowRankFactors:
         _, vectors = torch.linalg.eigh(_gram(short_side_first, largest or 1.0))
     except torch.linalg.LinAlgError as error:
         raise DecompositionError(f"the eigensolver did not converge on a {rows}x{columns} matrix: {error}") from error
-    leading = vectors[:, -rank:].flip(1)  # eigh sorts ascending
+    descending = vectors.flip(1)  # eigh sorts ascending
+    leading = descending[:, :rank] if places is None else descending[:, places.to(weight.device)]
     # (R, L), in blocks like the Gram matrix: no float64 copy of the whole weight exists.
     blocks = short_side_first.split(max(1, _BLOCK_ENTRIES // min(rows, columns)), dim=1)
     projection = torch.cat([leading.T @ block.double() for block in blocks], dim=1)

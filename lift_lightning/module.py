@@ -476,6 +476,11 @@ class LiftLightningModule(pl.LightningModule):
     def _summed_loss(self, batch: dict[str, Tensor]) -> SummedLoss:
         return self._loss_of(self._logits(batch), batch["labels"])
 
+    def selection_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """0-dim mean loss of a batch, for criteria that select by its gradient."""
+        loss = self._summed_loss(batch)
+        return loss.total / loss.weight.clamp(min=1)
+
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         options = {"use_cache": False} if self.hparams.task == "causal_lm" else {}

@@ -212,6 +212,11 @@ class SparseAdamW(Optimizer):
         self._hooks.append(handle)
         _RELEASE_HOOKS[parameter] = handle
 
+    @property
+    def hooks_attached(self) -> bool:
+        """Whether the gradients of sparse parameters are taken in the backward pass."""
+        return bool(self._hooks)
+
     def attach_hooks(self) -> None:
         """Take the gradients in the backward pass again, after `remove_hooks`."""
         if self.release_gradients and not self._hooks:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lift_lightning.allocation import Share, with_share
+from lift_lightning.errors import ConfigError
+from lift_lightning.gradients import Statistics
 from lift_lightning.indices import slice_for_shard
 from lift_lightning.lowrank import DecompositionError, float32_products
 from lift_lightning.optimizer import SparseAdamW
@@ -25,6 +27,7 @@ from lift_lightning.param_groups import Halves, matrix_views
 from lift_lightning.plan import Unit, assign, turns, units_of
 from lift_lightning.selection import Selected, SelectionConfig, Solved, select_matrices
 from lift_lightning.sharding import Owned, Ranks, local, owned, ranks_of
+from lift_lightning.shares import SPLIT, Shares, own_config, shape_of
 from lift_lightning.subspace import BASIS_DTYPE
 from lift_lightning.threads import on_device, one_thread, one_thread_each
 
@@ -78,6 +81,9 @@ def refresh_masks(
     device: torch.device | str | None = None,
     basis_device: torch.device | str | None = None,
     bases: Bases | None = None,
+    shares: Shares | None = None,
+    statistics: Statistics | None = None,
+    kept: dict[str, Tensor] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda items: items,
 ) -> RefreshReport:
     """Select for every sparse parameter and hand the indices to the optimizer.
@@ -93,12 +99,21 @@ def refresh_masks(
         basis_device: where the bases wait for the next refresh; where they were made if not given. `cpu` keeps them out
             of the GPU's memory, in pinned memory.
         bases: from the last report.
+        shares: what `divide_budget` found, where `config.divides` or the budget changes from selection to selection.
+        statistics: what `gradient_statistics` found, for the criteria that need it.
+        kept: by parameter name the flat indices of entries that are selected whatever their score, ascending.
         progress: wraps the list of parameters, such as tqdm or `rich.progress.track`.
 
     Raises:
         DecompositionError: naming the parameter whose weights are not finite or did not decompose. Parameters before
             it have their new selection, the others their old one. Every rank raises what one of them met.
+        ConfigError: if the budget is to be divided and there are no shares, or `statistics` or `kept` are given and the
+            parameters are split over ranks.
     """
+    if config.divides and shares is None:
+        raise ConfigError(f"count={config.count}, allocation={config.allocation}: call divide_budget first")
+    if optimizer.split_over is not None and (statistics is not None or kept is not None):
+        raise ConfigError(SPLIT.format(what="a selection by gradients, or one that keeps entries,"))
     started = time.perf_counter()
     parameters = list(optimizer.sparse_parameters())
     ranks = ranks_of([parameter for _, parameter, _ in parameters])
@@ -106,7 +121,19 @@ def refresh_masks(
     selected = stayed = before = 0
     solved: list[Solved] = []
     found: Bases = {}
-    jobs = [_Job(name, p, owned(p), group["halves"], (bases or {}).get(name)) for name, p, group in parameters]
+    jobs = [
+        _Job(
+            name,
+            p,
+            owned(p),
+            group["halves"],
+            (bases or {}).get(name),
+            None if shares is None else shares[name],
+            None if statistics is None else statistics[name],
+            None if kept is None else kept[name],
+        )
+        for name, p, group in parameters
+    ]
     select_each = _select_each(jobs, config, device) if ranks is None else _select_over(ranks, jobs, config, device)
     # Closed at once if anything below raises, so that threads and settings do not wait for the traceback to go.
     with closing(select_each) as chosen_in_turn:
@@ -185,6 +212,9 @@ class _Job:
     owned: Owned
     halves: Halves | None
     bases: list[Tensor | None] | None
+    shares: list[Share] | None = None
+    statistics: Tensor | None = None  # in the parameter's shape
+    kept: Tensor | None = None  # flat indices into it
 
     def select(self, config: SelectionConfig, copies: Iterator[Tensor] | None = None) -> Selected:
         """For all of it."""
@@ -208,8 +238,11 @@ class _Job:
 
     def unreduced(self, config: SelectionConfig) -> int:
         """How many of its matrices are no larger than the rank of the approximation."""
-        whole = torch.empty(self.owned.shape, device="meta")
-        return sum(config.approximation_rank >= min(view.shape) for view in matrix_views(whole, self.halves))
+        views = matrix_views(shape_of(self.parameter), self.halves)
+        return sum(
+            own.approximation_rank >= min(v.shape)
+            for own, v in zip(self._configs(config, 0, len(views)), views, strict=True)
+        )
 
     def small(self) -> bool:
         """Whether a decomposition of it is faster on one thread."""
@@ -223,12 +256,37 @@ class _Job:
         config: SelectionConfig,
         copies: Iterator[Tensor] | None,
     ) -> Selected:
-        # The seed goes by name, or matrices of one shape would all get the same random mask.
-        own = replace(config, seed=config.seed + zlib.crc32(self.name.encode()) + first)
+        views = matrix_views(tensor, self.halves)
         try:
-            return select_matrices(tensor, matrix_views(tensor, self.halves), own, basis=bases, copies=copies)
+            return select_matrices(
+                tensor,
+                views,
+                self._configs(config, first, len(views)),
+                basis=bases,
+                copies=copies,
+                statistics=self._views_of(self.statistics, first, len(views)),
+                kept=self._views_of(self._kept_mask(), first, len(views)),
+            )
         except DecompositionError as error:
             raise DecompositionError(f"cannot select entries of {self.name!r}: {error}") from error
+
+    def _configs(self, config: SelectionConfig, first: int, count: int) -> list[SelectionConfig]:
+        """One for each of its matrices from the first on."""
+        own = [own_config(config, self.name, first + i) for i in range(count)]
+        if self.shares is None:
+            return own
+        return [with_share(one, self.shares[first + i]) for i, one in enumerate(own)]
+
+    def _views_of(self, tensor: Tensor | None, first: int, count: int) -> list[Tensor] | None:
+        return None if tensor is None else matrix_views(tensor, self.halves)[first : first + count]
+
+    def _kept_mask(self) -> Tensor | None:
+        """Bool in the parameter's shape; made when it is its turn, since it has a byte for every entry."""
+        if self.kept is None:
+            return None
+        mask = torch.zeros(self.owned.numel, dtype=torch.bool, device=self.kept.device)
+        mask[self.kept.long()] = True
+        return mask.view(self.owned.shape)
 
 
 Chosen = Generator[tuple[_Job, Selected]]

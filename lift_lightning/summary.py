@@ -12,6 +12,7 @@ from torch import nn
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.param_groups import clean_name
 from lift_lightning.sharding import owned
+from lift_lightning.shares import Shares
 
 
 @dataclass(frozen=True)
@@ -76,4 +77,23 @@ def summary_table(rows: list[SummaryRow], optimizer: SparseAdamW) -> Table:
         previous = row.kind
         share = f"{row.trained / row.entries:.2%}" if row.trained else "-"
         table.add_row(row.name, row.kind, str(row.tensors), f"{row.entries:,}", f"{row.trained:,}", share)
+    return table
+
+
+def shares_table(shares: Shares, optimizer: SparseAdamW) -> Table:
+    """What each matrix got of a budget that was divided: R where it has one of its own, K, and its share."""
+    table = Table(title="How the budget is divided")
+    table.add_column("parameter", overflow="fold")
+    for heading in ("shape", "rank of the approximation", "entries", "share"):
+        table.add_column(heading, justify="right")
+    total = 0
+    for name, parameter, _ in optimizer.sparse_parameters():
+        shape, theirs = owned(parameter).shape, shares[name]
+        each = shape.numel() // len(theirs)
+        for i, one in enumerate(theirs):
+            label = name if len(theirs) == 1 else f"{name}[{i}]"
+            rank = "" if one.lra_rank is None else str(one.lra_rank)
+            table.add_row(label, "x".join(map(str, shape)), rank, f"{one.entries:,}", f"{one.entries / each:.2%}")
+            total += one.entries
+    table.caption = f"{total:,} entries in all"
     return table

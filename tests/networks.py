@@ -30,6 +30,10 @@ def optimizer_of(model: nn.Module, **settings) -> SparseAdamW:
     return SparseAdamW(groups, **{**HYPER, **settings})
 
 
+def random_matrix(rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
 def random_indices(numel: int, k: int, seed: int) -> Tensor:
     return torch.randperm(numel, generator=torch.Generator().manual_seed(seed))[:k].sort().values
 

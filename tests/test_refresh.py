@@ -178,9 +178,9 @@ def test_bases_are_handed_on(monkeypatch: pytest.MonkeyPatch):
     seen, made = {}, {}
     real = refresh.select_matrices
 
-    def spy(parameter, matrices, config, *, basis=None, copies=None):
+    def spy(parameter, matrices, config, *, basis=None, **others):
         seen[parameter.data_ptr()] = basis
-        found = real(parameter, matrices, config, basis=basis, copies=copies)
+        found = real(parameter, matrices, config, basis=basis, **others)
         made[parameter.data_ptr()] = [torch.ones(1)] * len(matrices)
         return found._replace(bases=made[parameter.data_ptr()])
 
