@@ -43,9 +43,9 @@ class MaskRefreshCallback(pl.Callback):
         interval: optimizer steps between refreshes; null keeps the first selection.
         schedule: what a refresh does. `periodic` selects anew (the paper's method). `accumulate` adds to what is
             selected, until the budget is reached with the last of `accumulate_selections`, and drops nothing (paper,
-            App. A). `drop_and_grow` sets the share `drop_fraction` of the entries, those that moved least, back to
-            their first values and selects as many others (SpIEL, arXiv 2401.16405); the share falls to 0 over the run,
-            in a line. What the last two train is never more than the budget's entries.
+            App. A). `drop_and_grow` lets the share `drop_fraction` of the entries, those that moved least,
+            compete anew, and sets those that lose back to their first values (SpIEL, arXiv 2401.16405); the share falls
+            to 0 over the run, in a line. What the last two train is never more than the budget's entries.
         accumulate_selections: number of selections of `accumulate`, the first one counted.
         drop_fraction: of `drop_and_grow`, at the beginning of the run; above 0 and up to 1.
         device: where decompositions run, such as `cuda:0` for weights on the CPU; each weight's own if not given.
@@ -296,7 +296,7 @@ class MaskRefreshCallback(pl.Callback):
             shares = part_of(shares, self._selections, self.accumulate_selections)
             kept = None if first else before
         elif self.schedule == "drop_and_grow" and not first:
-            kept = self._origins.drop(optimizer, self._share_to_drop(trainer, step))
+            kept = self._origins.survivors(optimizer, self._share_to_drop(trainer, step))
         report = refresh_masks(
             optimizer,
             self._resolved,

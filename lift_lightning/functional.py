@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from lift_lightning.eight_bit import BlockwiseVector
 
 
 @torch.no_grad()
 def adamw_update(
     values: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
+    exp_avgs: Sequence[Tensor | BlockwiseVector],
+    exp_avg_sqs: Sequence[Tensor | BlockwiseVector],
     steps: list[Tensor],
     *,
     lr: float | Tensor,
@@ -26,7 +30,7 @@ def adamw_update(
     Args:
         values: (K,) each, what is trained.
         grads: (K,) each, same dtype as `values`.
-        exp_avgs: (K,) each; a narrower dtype than `values` is widened for the update and rounded back.
+        exp_avgs: (K,) each; a narrower dtype than `values`, or 8 bits, is widened for the update and rounded back.
         exp_avg_sqs: (K,) each, likewise.
         steps: 0-dim float32 each, the steps taken so far; counted up here.
         lr: learning rate.

@@ -59,7 +59,7 @@ CHECKPOINT_KEY = "lift_lightning_module"
 
 Method = Literal["lift", "full"]
 LossReduction = Literal["token_mean", "micro_batch_mean"]
-StateDtype = Literal["float32", "bfloat16"]
+StateDtype = Literal["float32", "bfloat16", "8bit"]
 # The schedules of transformers that need nothing beyond warmup and length, and whose rate is a function of the step.
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt"]
 
@@ -91,7 +91,8 @@ class LiftLightningModule(pl.LightningModule):
         loss_reduction: `token_mean` averages over all label tokens of the step, so that the split into micro-batches
             does not matter; `micro_batch_mean` averages the means of the micro-batches, as the released code does.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        state_dtype: dtype of the moments of sparse parameters, `float32` or `bfloat16`.
+        state_dtype: dtype of the moments of sparse parameters, `float32`, `bfloat16` or `8bit`; `8bit` is of dense ones
+            too.
         master_weights: keep float32 copies of the selected entries; null means for bfloat16 and float16 weights.
         attn_implementation: attention kernel of transformers, such as `sdpa`.
         revision: of the model on the hub.

@@ -18,12 +18,15 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lift_lightning import indices as layout
+from lift_lightning.eight_bit import BlockwiseVector
 from lift_lightning.errors import ConfigError
 from lift_lightning.functional import adamw_update
 from lift_lightning.sharding import Owned, Ranks, is_absent, local, owned, ranks_of, step_shape, total_norm
-from lift_lightning.sparse_state import SparseState, working_dtype
+from lift_lightning.sparse_state import MomentsDtype, SparseState, plain, working_dtype
 from lift_lightning.threads import side_by_side
 
+# Entries of a dense parameter from which on its moments are in 8 bits, as in bitsandbytes.
+_EIGHT_BIT_FROM = 4096
 # Selected entries that are updated together.
 _CHUNK_ENTRIES = 2**18
 
@@ -48,7 +51,9 @@ class SparseAdamW(Optimizer):
             0.45 for beta2 = 0.95 and 3.16 for beta2 = 0.999.
         eps: added to the root of the second moment.
         weight_decay: decoupled, on selected entries only.
-        state_dtype: dtype of the moments of sparse parameters (float64 for float64 weights in any case).
+        state_dtype: dtype of the moments of sparse parameters (float64 for float64 weights); `8bit` keeps them as
+            blockwise codes, by bitsandbytes, and checkpoints as float32. The moments of dense parameters are in their
+            own dtype, unless it is `8bit` and they are no fewer than 4096.
         master_weights: keep a float32 copy of the selected entries, so that updates smaller than half a unit of the
             weight's dtype are not lost. None means for bfloat16 and float16 weights only.
         release_gradients: False leaves the dense gradients in place until `step` reads them.
@@ -77,10 +82,7 @@ class SparseAdamW(Optimizer):
                 raise ConfigError(f"{name} must be at least 0, got {value}")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(f"betas must be two numbers of at least 0 and below 1, got {betas}")
-        dtype = getattr(torch, state_dtype, None) if isinstance(state_dtype, str) else state_dtype
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ConfigError(f"state_dtype must be a floating dtype, got {state_dtype}")
-        self.state_dtype = dtype
+        self.state_dtype = _state_dtype(state_dtype)
         self.master_weights = master_weights
         self.release_gradients = release_gradients
         self.thin_state_dict = False
@@ -88,6 +90,7 @@ class SparseAdamW(Optimizer):
         self._sparse: dict[nn.Parameter, SparseState] = {}
         self._names: dict[nn.Parameter, str] = {}
         self._owned: dict[nn.Parameter, Owned] = {}
+        self._dense_moments: dict[nn.Parameter, tuple[BlockwiseVector, BlockwiseVector]] = {}
         # Called with a sparse parameter when its hook has collected from its gradient (see `reduction`).
         self.on_collected: Callable[[nn.Parameter, Tensor], None] | None = None
         self._hooks: list[RemovableHandle] = []
@@ -115,13 +118,31 @@ class SparseAdamW(Optimizer):
             if not is_absent(parameter):
                 state = self.state[parameter]
                 state["step"] = torch.zeros(step_shape(parameter), dtype=torch.float32, device=parameter.device)
-                if not group["sparse"]:
+                if not group["sparse"] and self._in_eight_bits(parameter):
+                    zeros = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+                    self._dense_moments[parameter] = (
+                        BlockwiseVector(zeros, signed=True),
+                        BlockwiseVector(zeros, signed=False),
+                    )
+                elif not group["sparse"]:
                     state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             if group["sparse"]:
                 layout.flat_view(local(parameter))  # raises where there is none, before anything was changed
                 if self.release_gradients:
                     self._hook(parameter)
+
+    def _in_eight_bits(self, parameter: nn.Parameter) -> bool:
+        """Whether a dense parameter's moments are; small ones keep their precision, as in bitsandbytes."""
+        if self.state_dtype != "8bit" or self._owned[parameter].numel < _EIGHT_BIT_FROM:
+            return False
+        if self._owned[parameter].group is not None:
+            raise ConfigError(
+                f"state_dtype='8bit' keeps the moments of {self._names[parameter]!r}, which is trained densely, in "
+                "blocks that cannot be split over devices: use DDP or a single device, or another state_dtype"
+            )
+        layout.flat_view(parameter)  # raises where there is none
+        return True
 
     # ---------------------------------------------------------------- selection
 
@@ -357,7 +378,20 @@ class SparseAdamW(Optimizer):
         side_by_side(update, list(chunks), at_once=_on_cpu(trained))
 
     def _step_dense(self, group: dict[str, Any], found_inf: Tensor) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
+        with_grad = [p for p in group["params"] if p.grad is not None]
+        # One at a time: its moments are float32 only while they are worked on.
+        for p in (p for p in with_grad if p in self._dense_moments):
+            exp_avg, exp_avg_sq = self._dense_moments[p]
+            adamw_update(
+                [layout.flat_view(p)],
+                [p.grad.reshape(-1)],
+                [exp_avg],
+                [exp_avg_sq],
+                [self.state[p]["step"]],
+                found_inf=found_inf,
+                **_hyperparameters(group),
+            )
+        parameters = [p for p in with_grad if p not in self._dense_moments]
         adamw_update(
             [local(p) for p in parameters],
             [local(p.grad) for p in parameters],
@@ -372,8 +406,9 @@ class SparseAdamW(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of indices, moments, masters and accumulators, and of the dense groups' moments."""
-        dense = [self.state[p] for p in self.dense_parameters() if p in self.state]
+        dense = [self.state[p] for p in self.dense_parameters() if p in self.state and p not in self._dense_moments]
         dense_bytes = sum(local(state[key]).nbytes for state in dense for key in ("exp_avg", "exp_avg_sq"))
+        dense_bytes += sum(moment.nbytes for pair in self._dense_moments.values() for moment in pair)
         return dense_bytes + sum(s.nbytes(p) for p, s in self._sparse.items())
 
     def sparse_state_dict(self) -> dict[str, Any]:
@@ -399,6 +434,10 @@ class SparseAdamW(Optimizer):
             "skipped_steps": self.skipped_steps,
             "parameters": {name: tensors for name, tensors in parameters.items() if tensors},
             "dense_grads": grads if with_grads else {},
+            "dense_moments": {
+                self._names[p]: {"exp_avg": plain(first), "exp_avg_sq": plain(second)}
+                for p, (first, second) in self._dense_moments.items()
+            },
         }
 
     def _of_all_ranks(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -436,11 +475,25 @@ class SparseAdamW(Optimizer):
             here = layout.slice_for_shard(indices, self._owned[parameter].start, self._owned[parameter].stop)
             self._sparse[parameter].load_state_dict({key: vector[here] for key, vector in tensors.items()})
         named = {name: parameter for parameter, name in self._names.items()}
+        self._load_dense_moments(state_dict.get("dense_moments", {}))
         for name, grad in state_dict["dense_grads"].items():
             named[name].grad = grad.to(named[name].device, copy=True)  # the next backward adds to it in place
         self._spent = False
         self.attempted_steps = state_dict["attempted_steps"]
         self.skipped_steps = state_dict["skipped_steps"].to(self.skipped_steps.device)
+
+    def _load_dense_moments(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        mine = {self._names[p]: pair for p, pair in self._dense_moments.items()}
+        if saved.keys() != mine.keys():
+            raise ConfigError(
+                f"the checkpoint has {len(saved)} dense parameters with moments in 8 bits, this optimizer "
+                f"{len(mine)}: resume with the state_dtype of the run that wrote it"
+            )
+        for name, moments in saved.items():
+            for moment, key in zip(mine[name], ("exp_avg", "exp_avg_sq"), strict=True):
+                if moments[key].numel() != moment.numel():
+                    raise ValueError(f"{name}: {moment.numel()} entries, but {moments[key].numel()} of {key}")
+                moment.copy_(moments[key])
 
     def __getstate__(self) -> dict[str, Any]:
         # Torch's own leaves out everything but groups and state, and a copy's hooks would be those of the original.
@@ -506,6 +559,15 @@ def _multiply_(grads: list[Tensor], factor: Tensor | float) -> None:
 def _versions(grads: list[Tensor]) -> list[tuple[int, int]]:
     """Changes when one of them is written to, or is another."""
     return [(id(grad), grad._version) for grad in grads]
+
+
+def _state_dtype(given: torch.dtype | str) -> MomentsDtype:
+    if given == "8bit":
+        return "8bit"
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"state_dtype must be a floating dtype or '8bit', got {given}")
+    return dtype
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:

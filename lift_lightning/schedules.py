@@ -9,7 +9,7 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lift_lightning.allocation import Share
 from lift_lightning.indices import carry, gather, scatter, top_k_indices
@@ -48,41 +48,37 @@ class Origins:
         self.values = {} if values is None else values
 
     @torch.no_grad()
-    def drop(self, optimizer: SparseAdamW, share: float) -> dict[str, Tensor]:
-        """Set back the entries of each parameter that have moved least, and return the indices of the others.
+    def survivors(self, optimizer: SparseAdamW, share: float) -> dict[str, Tensor]:
+        """The indices of each parameter's selected entries without those that have moved least.
 
         Args:
             optimizer: between two steps.
-            share: of the selected entries that is dropped, rounded down; of equal ones the lower indices.
+            share: of the selected entries that is left out, rounded down; of equal ones the lower indices.
         """
         kept = {}
         for name, parameter, _ in optimizer.sparse_parameters():
             indices, origin = optimizer.indices(parameter), self.values[name].to(parameter.device)
             moved = (gather(local(parameter), indices).double() - origin.double()).abs()
-            dropped = top_k_indices(moved, math.floor(share * indices.numel()), largest=False)
-            scatter(local(parameter), indices[dropped], origin[dropped])
             stays = torch.ones_like(indices, dtype=torch.bool)
-            stays[dropped] = False
+            stays[top_k_indices(moved, math.floor(share * indices.numel()), largest=False)] = False
             kept[name] = indices[stays]
         return kept
 
     @torch.no_grad()
     def follow(self, optimizer: SparseAdamW, before: dict[str, Tensor]) -> None:
-        """Take the values of entries that are new in the selection; those of the others stay.
+        """Set the entries that the refresh has dropped back to their first values, and note those of new ones.
 
         Args:
             optimizer: after the refresh.
             before: the indices that `values` belong to; empty at the first selection.
         """
         for name, parameter, _ in optimizer.sparse_parameters():
-            indices = optimizer.indices(parameter)
-            current = gather(local(parameter), indices)
+            new, weight = optimizer.indices(parameter), local(parameter)
+            current = gather(weight, new)
             if name in before:
-                current = self._carried(name, parameter, before[name], indices, current)
+                old, origin, numel = before[name], self.values[name].to(parameter.device), weight.numel()
+                dropped = ~carry(torch.ones_like(new, dtype=torch.bool), new, old, numel)
+                scatter(weight, old[dropped], origin[dropped])
+                stayed = carry(torch.ones_like(old, dtype=torch.bool), old, new, numel)
+                current = torch.where(stayed, carry(origin, old, new, numel), current)
             self.values[name] = current
-
-    def _carried(self, name: str, parameter: nn.Parameter, old: Tensor, new: Tensor, current: Tensor) -> Tensor:
-        values = self.values[name].to(current.device)
-        numel = local(parameter).numel()
-        stayed = carry(torch.ones_like(old, dtype=torch.bool), old, new, numel)
-        return torch.where(stayed, carry(values, old, new, numel), current)

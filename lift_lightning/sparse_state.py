@@ -8,12 +8,17 @@ Letters: K selected entries of the parameter, K' after a refresh.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lift_lightning.eight_bit import BlockwiseVector
 from lift_lightning.indices import carry, gather, index_dtype, scatter, scatter_add
 from lift_lightning.sharding import local
+
+Moment = Tensor | BlockwiseVector  # of K entries
+MomentsDtype = torch.dtype | Literal["8bit"]
 
 
 def working_dtype(parameter: Tensor) -> torch.dtype:
@@ -35,26 +40,28 @@ class SparseState:
     """
 
     indices: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Moment
+    exp_avg_sq: Moment
     master: Tensor | None
     grad: Tensor | None = None
 
     @classmethod
-    def first(cls, parameter: nn.Parameter, indices: Tensor, moments: torch.dtype, master: bool) -> SparseState:
+    def first(cls, parameter: nn.Parameter, indices: Tensor, moments: MomentsDtype, master: bool) -> SparseState:
         """The state of a first selection.
 
         Args:
             parameter: whose entries are selected.
             indices: (K,), any integer dtype and device.
-            moments: dtype of the moments, which are float64 for a float64 weight in any case.
+            moments: dtype of the moments, which are float64 for a float64 weight unless they are `8bit`.
             master: whether to keep a copy in the working dtype.
         """
         indices = indices.to(device=parameter.device, dtype=index_dtype(local(parameter).numel()))
         working = working_dtype(parameter)
-        exp_avg = torch.zeros(indices.numel(), dtype=_wider(moments, parameter), device=parameter.device)
+        zeros = torch.zeros(indices.numel(), dtype=_moments_in(moments, parameter), device=parameter.device)
         values = gather(local(parameter), indices).to(working) if master else None
-        return cls(indices, exp_avg, torch.zeros_like(exp_avg), values)
+        if moments == "8bit":
+            return cls(indices, BlockwiseVector(zeros, signed=True), BlockwiseVector(zeros, signed=False), values)
+        return cls(indices, zeros, torch.zeros_like(zeros), values)
 
     def reselected(self, parameter: nn.Parameter, indices: Tensor) -> tuple[SparseState, int]:
         """The state for another selection, and how many entries stay: those keep moments and master, new ones begin
@@ -65,7 +72,8 @@ class SparseState:
             return carry(values, self.indices, indices, local(parameter).numel())
 
         kept = carried(torch.ones_like(self.indices, dtype=torch.bool))
-        new = SparseState(indices, carried(self.exp_avg), carried(self.exp_avg_sq), master=None)
+        moments = [_like(moment, carried(plain(moment))) for moment in (self.exp_avg, self.exp_avg_sq)]
+        new = SparseState(indices, *moments, master=None)
         if self.master is not None:
             self.refresh_master(parameter)
             current = gather(local(parameter), indices).to(self.master.dtype)
@@ -95,7 +103,7 @@ class SparseState:
             self.refresh_master(parameter)
             return self.master
         if additive and parameter.dtype == working_dtype(parameter):
-            return torch.full_like(self.exp_avg, -0.0, dtype=parameter.dtype)
+            return torch.full(self.indices.shape, -0.0, dtype=parameter.dtype, device=self.indices.device)
         return gather(local(parameter), self.indices).to(working_dtype(parameter))
 
     def write(self, parameter: nn.Parameter, operand: Tensor, *, additive: bool) -> None:
@@ -119,8 +127,8 @@ class SparseState:
         return gradient + sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def state_dict(self, *, with_grad: bool = True) -> dict[str, Tensor]:
-        """Its tensors by name; the gradient where there is one and it is wanted."""
-        tensors = {"indices": self.indices, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        """Its tensors by name, moments in 8 bits as float32; the gradient where there is one and it is wanted."""
+        tensors = {"indices": self.indices, "exp_avg": plain(self.exp_avg), "exp_avg_sq": plain(self.exp_avg_sq)}
         if self.master is not None:
             tensors["master"] = self.master
         if self.grad is not None and with_grad:
@@ -137,5 +145,17 @@ class SparseState:
         self.grad = None if grad is None else grad.to(self.indices.device, copy=True)
 
 
-def _wider(dtype: torch.dtype, parameter: Tensor) -> torch.dtype:
+def plain(moment: Moment) -> Tensor:
+    """(K,) tensor: the moment itself, or what its 8 bits stand for."""
+    return moment.to(torch.float32) if isinstance(moment, BlockwiseVector) else moment
+
+
+def _like(moment: Moment, values: Tensor) -> Moment:
+    """The values, kept as the moment is."""
+    return BlockwiseVector(values, signed=moment.signed) if isinstance(moment, BlockwiseVector) else values
+
+
+def _moments_in(dtype: MomentsDtype, parameter: Tensor) -> torch.dtype:
+    if dtype == "8bit":
+        return torch.float32
     return torch.float64 if parameter.dtype == torch.float64 else dtype

@@ -11,6 +11,7 @@ import torch
 from foreign import Regression, fit, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from networks import sole
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -18,6 +19,7 @@ from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.datamodules.resume import ResumableDataLoader
 from lift_lightning.errors import ConfigError
 from lift_lightning.gradients import drawn_batches, gradient_statistics
+from lift_lightning.schedules import Origins, all_selected
 
 BUDGET = {"density": 0.25, "lra_rank": 3}
 NAMES = ("net.0.weight", "net.2.weight")
@@ -90,17 +92,17 @@ def test_drop_and_grow_sets_back_what_moved_least_and_keeps_the_number():
 
 
 def test_what_is_dropped_moved_least():
-    from networks import sole
-
-    from lift_lightning.schedules import Origins
-
     parameter, optimizer = sole(torch.zeros(2, 5), [0, 3, 4, 7, 9])
     origins = Origins()
     origins.follow(optimizer, {})
     parameter.data.view(-1)[[0, 3, 4, 7, 9]] = torch.tensor([0.5, -0.1, 0.2, -0.9, 0.1])
-    (kept,) = origins.drop(optimizer, 0.5).values()
+    (kept,) = origins.survivors(optimizer, 0.5).values()
     assert kept.tolist() == [0, 4, 7]  # 0.1 twice
-    assert parameter.flatten().tolist() == pytest.approx([0.5, 0, 0, 0, 0.2, 0, 0, -0.9, 0, 0])
+    before = all_selected(optimizer)
+    optimizer.set_indices(parameter, torch.tensor([0, 1, 3, 4, 7]))  # one of the two was selected again
+    origins.follow(optimizer, before)
+    assert parameter.flatten().tolist() == pytest.approx([0.5, 0, 0, -0.1, 0.2, 0, 0, -0.9, 0, 0])
+    assert all(value.tolist() == [0.0] * 5 for value in origins.values.values())
 
 
 @pytest.mark.parametrize(
