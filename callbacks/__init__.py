@@ -3,8 +3,9 @@
 if not __name__.startswith("lift_lightning."):
     raise ImportError("import lift_lightning.callbacks, not callbacks: the bare name would load a second copy")
 
+from lift_lightning.callbacks.adapter_export import AdapterExport
 from lift_lightning.callbacks.checkpoint import StepCheckpoint
 from lift_lightning.callbacks.delta_export import DeltaExport
 from lift_lightning.callbacks.mask_refresh import MaskRefreshCallback
 
-__all__ = ["DeltaExport", "MaskRefreshCallback", "StepCheckpoint"]
+__all__ = ["AdapterExport", "DeltaExport", "MaskRefreshCallback", "StepCheckpoint"]

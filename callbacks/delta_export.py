@@ -66,6 +66,10 @@ class DeltaExport(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out before the work whether it can be written at its end."""
+        if getattr(pl_module, "adapters", None) is not None:
+            raise MisconfigurationException(
+                "DeltaExport compares weights with the base's, and this module trains adapters: use AdapterExport"
+            )
         model, (base, revision) = _model_of(pl_module), self._base_of(pl_module)
         new = getattr(pl_module, "new_parameters", None)
         target = self._target(trainer)

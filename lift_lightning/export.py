@@ -60,7 +60,7 @@ def export(
     finally:
         torch.set_default_dtype(default)
     assert module.model is not None, "load_from_checkpoint calls configure_model"
-    return export_model(module.model, tokens, output, overwrite=overwrite)
+    return export_model(module.plain_model(), tokens, output, overwrite=overwrite)
 
 
 def _weights_dtype(ckpt_path: str) -> torch.dtype:

@@ -72,8 +72,8 @@ class SparseState:
             return carry(values, self.indices, indices, local(parameter).numel())
 
         kept = carried(torch.ones_like(self.indices, dtype=torch.bool))
-        moments = [_like(moment, carried(plain(moment))) for moment in (self.exp_avg, self.exp_avg_sq)]
-        new = SparseState(indices, *moments, master=None)
+        exp_avg, exp_avg_sq = (_like(m, carried(plain(m))) for m in (self.exp_avg, self.exp_avg_sq))
+        new = SparseState(indices, exp_avg, exp_avg_sq, master=None)
         if self.master is not None:
             self.refresh_master(parameter)
             current = gather(local(parameter), indices).to(self.master.dtype)

@@ -51,6 +51,7 @@ LEVELS = {
     "lift_lightning.delta": 2,
     "lift_lightning.delta.coding": 0,
     "lift_lightning.delta.bits": 0,
+    "lift_lightning.adapters": 2,
     "lift_lightning.models": 2,
     "lift_lightning.inference": 2,
     "lift_lightning.weight_files": 2,
@@ -66,6 +67,7 @@ LEVELS = {
     # What stands above the parts: the command line and the tools beside it
     "lift_lightning.quickstart.run": 4,
     "lift_lightning.quickstart.compare": 4,
+    "lift_lightning.quickstart.methods": 4,
     "lift_lightning.quickstart.__main__": 4,
     "lift_lightning.cli": 4,
     "lift_lightning.export": 4,

@@ -383,7 +383,7 @@ def fake_network(dtype: torch.dtype) -> nn.Sequential:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("release", [True, False])
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
 def test_step_traces_without_values(fake: FakeTensorMode, dtype: torch.dtype, release: bool, state_dtype: str):
     optimizer = fake_step(dtype, release_gradients=release, state_dtype=state_dtype)
     assert optimizer.attempted_steps == 1

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from rich.table import Table
@@ -23,9 +23,7 @@ from rich.table import Table
 from lift_lightning.cli import lightning_cli, with_packaged_configs
 from lift_lightning.errors import ConfigError
 from lift_lightning.models import load_tokenizer
-from lift_lightning.module import LiftLightningModule
 from lift_lightning.optimizer import SparseAdamW
-from lift_lightning.param_groups import build_param_groups
 from lift_lightning.quickstart.probe import SkillProbe
 from lift_lightning.quickstart.problems import Split
 from lift_lightning.quickstart.skills import SKILLS, accuracies, answers
@@ -39,7 +37,7 @@ LABELS: dict[Method, str] = {"lift": "LIFT", "random": "random mask", "lora": "L
 OVERRIDES: dict[Method, tuple[str, ...]] = {
     "lift": ("--model.method", "lift"),
     "random": ("--model.method", "lift", "--lift.criterion", "random", "--lift.interval", "null"),
-    "lora": ("--model.method", "full"),
+    "lora": ("--model.method", "lora"),
     "full": ("--model.method", "full"),
 }
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
@@ -88,27 +86,6 @@ class Example(NamedTuple):
     after: str
 
 
-class LoRAModule(LiftLightningModule):
-    """The same training with peft's LoRA in the place of a mask. `rank` is both budgets' rank: r * (M + N) entries."""
-
-    def __init__(self, rank: int, **hparams: Any) -> None:
-        super().__init__(**hparams)
-        self.rank = rank
-
-    def configure_model(self) -> None:
-        """Load the model and put adapters on every projection that LIFT would train."""
-        if self.model is None:
-            from peft import LoraConfig, get_peft_model
-
-            super().configure_model()
-            config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear", lora_dropout=0.0)
-            self.model = get_peft_model(self.hf_model, config)  # type: ignore[assignment]
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The adapters, densely."""
-        return build_param_groups(self.hf_model, target_modules=(), modules_to_train="lora_")
-
-
 def fine_tune(
     method: Method = "lift",
     overrides: Sequence[str] = (),
@@ -138,8 +115,7 @@ def fine_tune(
     cli = lightning_cli(with_packaged_configs(settings), run=False)
     module, trainer, data = cli.model, cli.trainer, cli.datamodule
     if method == "lora":
-        own = {name: value for name, value in module.hparams.items() if name != "_instantiator"}  # LightningCLI's
-        module = LoRAModule(cli.config.lift.rank, **own)
+        module.hparams.adapter_rank = cli.config.lift.rank  # r * (M + N) entries of both
     probes = [callback for callback in trainer.callbacks if isinstance(callback, SkillProbe)]
     if quiet:
         for probe in probes:
