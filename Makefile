@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 
-.PHONY: help venv quickstart compare test test-gpu lint format bench docs clean
+.PHONY: help venv quickstart compare methods test test-gpu lint format bench docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -39,6 +39,9 @@ quickstart: $(STAMP)  ## fine-tune the bundled model with LIFT, and show what it
 
 compare: $(STAMP)  ## LIFT, LoRA, a random mask and full fine-tuning on the bundled model, three seeds each
 	$(BIN)/python -m lift_lightning.quickstart.compare $(OPTIONS)
+
+methods: $(STAMP)  ## every method of configs/methods/ on the bundled model for some steps, checked
+	$(BIN)/python -m lift_lightning.quickstart.methods $(OPTIONS)
 
 test: $(STAMP)  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)

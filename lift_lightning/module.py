@@ -385,7 +385,6 @@ class LiftLightningModule(pl.LightningModule):
         if self._labels is not None:
             self.hparams.num_labels = self._labels.num_labels  # a checkpoint tells export
         if stage == "fit":
-            refuse_unsupported(self.trainer)
             if self.hparams.method in ADAPTERS and isinstance(
                 self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)
             ):
@@ -393,6 +392,7 @@ class LiftLightningModule(pl.LightningModule):
                     f"method={self.hparams.method} puts adapters on whole layers, and "
                     f"{type(self.trainer.strategy).__name__} splits them: set trainer.strategy to ddp or auto"
                 )
+            refuse_unsupported(self.trainer)
             if isinstance(self.trainer.strategy, DDPStrategy):
                 leave_unwrapped(self.trainer.strategy)
             self._restored = None  # of a checkpoint that an earlier fit read and did not come to use

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lift_lightning.adapters.spectral import merge_spectral, put_spectral, spectral_layers
 from lift_lightning.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
 
 AdapterMethod = Literal["lora", "rslora", "dora", "pissa", "shira", "spectral"]
 ADAPTERS: tuple[AdapterMethod, ...] = get_args(AdapterMethod)
@@ -40,7 +43,7 @@ class Adapters:
     rank: int
     trained: str
     _peft: PeftModel | None = None  # around the model, for its methods; None for spectral
-    _initial: TemporaryDirectory[str] | None = None  # of PiSSA, which is saved as the difference from it
+    _initial: dict[str, Tensor] | None = None  # of PiSSA, which is saved as the difference from it
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write safetensors and JSON, without the base's weights.
@@ -50,8 +53,7 @@ class Adapters:
         """
         folder = Path(folder)
         if self._peft is not None:
-            options = {} if self._initial is None else {"path_initial_model_for_weight_conversion": self._initial.name}
-            self._peft.save_pretrained(str(folder), **options)
+            self._save_by_peft(folder)
             return folder
         folder.mkdir(parents=True, exist_ok=True)
         layers = spectral_layers(self.model)
@@ -61,6 +63,21 @@ class Adapters:
         written = {"method": self.method, "rank": self.rank, "layers": list(layers)}
         (folder / _SPECTRAL_CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         return folder
+
+    def _save_by_peft(self, folder: Path) -> None:
+        assert self._peft is not None
+        if self._initial is None:
+            self._peft.save_pretrained(str(folder))
+            return
+        with TemporaryDirectory() as beginning, warnings.catch_warnings():
+            # That another adapter beside PiSSA's begins from other weights: this one is there to be subtracted.
+            warnings.filterwarnings("ignore", message="PiSSA changes the base weights")
+            # peft reads there what to subtract, and asks in its settings whether it was plain LoRA.
+            config = cast("LoraConfig", copy.copy(self._peft.peft_config["default"]))
+            config.init_lora_weights = True
+            config.save_pretrained(beginning)
+            save_file(self._initial, Path(beginning) / "adapter_model.safetensors")
+            self._peft.save_pretrained(str(folder), path_initial_model_for_weight_conversion=beginning)
 
     def merge(self) -> PreTrainedModel:
         """The model with plain layers again, the adapters added to their weights; not to be trained any further."""
@@ -97,17 +114,15 @@ def put_adapters(
     if method == "spectral":
         put_spectral(model, targets, rank)
         return Adapters(method, model, rank, r"\.spectral_[uv]$")
-    from peft import get_peft_model
+    from peft import get_peft_model, get_peft_model_state_dict
 
+    if method == "shira":
+        # Of torch, about the sparse tensors that peft makes of SHiRA's entries.
+        warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
     wrapped = cast("PeftModel", get_peft_model(model, _config(method, list(targets), rank, alpha, seed)))
     initial = None
     if method == "pissa":
-        initial = TemporaryDirectory(prefix="pissa-")
-        config = cast(Any, wrapped.peft_config["default"])
-        # peft reads in the saved settings how the adapters began; what is saved for later use begins as plain LoRA.
-        config.init_lora_weights = True
-        wrapped.save_pretrained(initial.name)
-        config.init_lora_weights = "pissa"
+        initial = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(wrapped).items()}
     trained = "shira_weight" if method == "shira" else "lora_"
     return Adapters(method, cast(PreTrainedModel, wrapped.get_base_model()), rank, trained, wrapped, initial)
 

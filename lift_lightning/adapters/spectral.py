@@ -24,6 +24,10 @@ class SpectralLinear(nn.Module):
         rank: r, at most min(M, N).
     """
 
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
     def __init__(self, base_layer: nn.Linear, rank: int) -> None:
         super().__init__()
         weight = base_layer.weight.detach()

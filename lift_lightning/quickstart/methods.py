@@ -1,8 +1,8 @@
 """`python -m lift_lightning.quickstart.methods`: every method of `configs/methods/` on the bundled model, checked.
 
 Each trains for a few steps and is looked at: does the loss fall, what may change and what did, how large are state and
-result, and does the result, loaded onto a fresh base, give the same logits? The learning rates are not tuned: this shows
-that methods work, `lift_lightning.quickstart.compare` what they are worth.
+result, and does the result, loaded onto a fresh base, give the same logits? The learning rates are not tuned: this
+shows that methods work, `lift_lightning.quickstart.compare` what they are worth.
 """
 
 from __future__ import annotations
@@ -80,9 +80,10 @@ class Selected(pl.Callback):
     """Marks every entry that was selected at any step."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.marks: dict[str, Tensor] = {}
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *others: Any) -> None:
         """After the step, with the selection that it used."""
         optimizer = trainer.optimizers[0]
         assert isinstance(optimizer, SparseAdamW)
