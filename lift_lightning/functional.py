@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lift_lightning.eight_bit import BlockwiseVector
+# A tensor, or what keeps one in fewer bits and has its `dtype`, `to` and `copy_`.
+Moment = Any
 
 
 @torch.no_grad()
 def adamw_update(
     values: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: Sequence[Tensor | BlockwiseVector],
-    exp_avg_sqs: Sequence[Tensor | BlockwiseVector],
+    exp_avgs: Sequence[Moment],
+    exp_avg_sqs: Sequence[Moment],
     steps: list[Tensor],
     *,
     lr: float | Tensor,

@@ -39,7 +39,7 @@ LEVELS = {
     "lift_lightning.plan": 1,
     "lift_lightning.param_groups": 1,
     "lift_lightning.sharding": 1,
-    "lift_lightning.eight_bit": 0,
+    "lift_lightning.eight_bit": 1,
     "lift_lightning.sparse_state": 1,
     "lift_lightning.optimizer": 2,
     "lift_lightning.gradients": 2,

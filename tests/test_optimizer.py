@@ -25,7 +25,7 @@ from oracles import MaskedAdamW
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from lift_lightning import SparseAdamW, functional
+from lift_lightning import SparseAdamW, eight_bit, functional
 from lift_lightning import indices as layout
 from lift_lightning import optimizer as optimizer_module
 
@@ -371,6 +371,8 @@ def fake(monkeypatch: pytest.MonkeyPatch):
     # What is checked once a refresh reads values, and may.
     monkeypatch.setattr(layout, "check_indices", lambda *_: None)
     monkeypatch.setitem(globals(), "network", fake_network)
+    for signed in (True, False):
+        eight_bit._map(signed)  # made once, of values
     with FakeTensorMode() as mode:
         yield mode
 

@@ -137,7 +137,8 @@ def test_keys_of_the_state_are_pinned():
     select_at_random(optimizer, 0.2, seed=0)
     state = optimizer.state_dict()
     assert state.keys() == {"state", "param_groups", "sparse"}
-    assert state["sparse"].keys() == {"attempted_steps", "skipped_steps", "parameters", "dense_grads"}
+    assert state["sparse"].keys() == {"attempted_steps", "skipped_steps", "parameters", "dense_grads", "dense_moments"}
+    assert state["sparse"]["dense_moments"] == {}
     assert state["sparse"]["parameters"].keys() == set(SPARSE)
     assert state["sparse"]["parameters"]["0.weight"].keys() == {"indices", "exp_avg", "exp_avg_sq", "master"}
     assert state["sparse"]["dense_grads"] == {}
@@ -379,10 +380,10 @@ def test_set_indices_refuses():
         ({"betas": (1.0, 0.9)}, r"betas must be two numbers of at least 0 and below 1, got \(1.0, 0.9\)"),
         ({"betas": (0.9, -0.1)}, "betas must be two numbers"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
-        ({"state_dtype": torch.int32}, "state_dtype must be a floating dtype, got torch.int32"),
-        ({"state_dtype": "int8"}, "state_dtype must be a floating dtype, got int8"),
-        ({"state_dtype": "bf16"}, "state_dtype must be a floating dtype, got bf16"),
-        ({"state_dtype": "nn"}, "state_dtype must be a floating dtype, got nn"),
+        ({"state_dtype": torch.int32}, "state_dtype must be a floating dtype or '8bit', got torch.int32"),
+        ({"state_dtype": "int8"}, "state_dtype must be a floating dtype or '8bit', got int8"),
+        ({"state_dtype": "bf16"}, "state_dtype must be a floating dtype or '8bit', got bf16"),
+        ({"state_dtype": "nn"}, "state_dtype must be a floating dtype or '8bit', got nn"),
     ],
 )
 def test_bad_settings(settings: dict, message: str):
