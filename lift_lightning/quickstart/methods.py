@@ -39,7 +39,8 @@ from lift_lightning.quickstart.run import CONFIG
 FOLDER = files("lift_lightning.configs.methods")
 METHODS = sorted(Path(str(file)).stem for file in FOLDER.iterdir() if str(file).endswith(".yaml"))
 RATES = {"full": 2e-4, "full-8bit": 2e-4, "spectral": 5e-3}
-ADAPTER_RATE = 1e-3
+OTHER_RATE = 1e-3
+TABLE_WIDTH = 112  # columns
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def check_method(method: str, steps: int, folder: Path, *, batch_size: int = 16)
 
 
 def _options(method: str, steps: int, folder: Path, batch_size: int) -> list[str]:
-    rate = RATES.get(method, ADAPTER_RATE)
+    rate = RATES.get(method, OTHER_RATE)
     options: dict[str, Any] = {
         "model.lr": rate,
         "trainer.max_steps": steps,
@@ -224,7 +225,9 @@ def main(args: Sequence[str] | None = None) -> int:
     for name in track(given.methods, "Training with every method"):
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
             checked.append(check_method(name, given.steps, Path(folder), batch_size=given.batch_size))
-    Console().print(methods_table(checked, given.steps))
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)  # a row that goes over the edge can be read, a cut one cannot
+    console.print(methods_table(checked, given.steps))
     if given.output is not None:
         given.output.write_text(json.dumps([asdict(one) for one in checked], indent=2) + "\n", encoding="utf-8")
     return int(any(not one.falls or one.forbidden or one.difference > 1e-3 for one in checked))
