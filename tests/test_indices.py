@@ -11,6 +11,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from oracles import carry_by_dict, stable_top_k
 
 from lift_lightning import indices as layout
@@ -339,6 +341,20 @@ def test_carry_equals_a_dictionary(before: int, after: int, dtype: torch.dtype):
         carried = layout.carry(values, old, new, 100)
         assert carried.dtype == torch.float32
         assert carried.tolist() == carry_by_dict(old.tolist(), values.tolist(), new.tolist())
+
+
+@given(st.data(), st.sampled_from(INT_DTYPES), st.integers(1, 50))
+def test_moments_of_any_two_selections_are_carried_as_by_a_dictionary(data: st.DataObject, dtype: torch.dtype, at_once):
+    """From none to all entries before and after, values of any size, in pieces of any size."""
+    numel = data.draw(st.integers(1, 40))
+    places = st.lists(st.integers(0, numel - 1), unique=True).map(sorted)
+    old, new = data.draw(places), data.draw(places)
+    finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+    values = data.draw(st.lists(finite, min_size=len(old), max_size=len(old)))
+    arguments = torch.tensor(values), torch.tensor(old, dtype=dtype), torch.tensor(new, dtype=dtype), numel
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(layout, "_CARRIED_ENTRIES", at_once)
+        assert layout.carry(*arguments).tolist() == carry_by_dict(old, values, new)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

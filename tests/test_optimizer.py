@@ -372,7 +372,8 @@ def fake(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(layout, "check_indices", lambda *_: None)
     monkeypatch.setitem(globals(), "network", fake_network)
     for signed in (True, False):
-        eight_bit._map(signed)  # made once, of values
+        eight_bit._numbers(signed)  # made once, of values
+    monkeypatch.setattr(eight_bit, "_BOOKS", {})  # those of other tests are of values, too
     with FakeTensorMode() as mode:
         yield mode
 
