@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -16,13 +15,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.progress import track
 from transformers import PreTrainedModel
 
+from lift_lightning.adapters import Adapter
+from lift_lightning.callbacks.folders import folder_of, on_first
 from lift_lightning.callbacks.mask_refresh import MaskRefreshCallback
 from lift_lightning.delta import Delta, ModelSource, extract, open_folder
 from lift_lightning.delta.format import check_delta_folder
 from lift_lightning.delta.sources import check_names_in_base
-from lift_lightning.sharding import all_ranks, owned, whole_weights
-
-T = TypeVar("T")
+from lift_lightning.sharding import owned, whole_weights
 
 
 class DeltaExport(pl.Callback):
@@ -43,7 +42,8 @@ class DeltaExport(pl.Callback):
         folder: what was written last.
 
     Raises:
-        MisconfigurationException: when a fit begins, if there is no model of transformers, or no base is known.
+        MisconfigurationException: when a fit begins, if there is no model of transformers, or no base is known, or an
+            adapter is trained, which is no change of the base's entries.
         DeltaError: when a fit begins, if the base's files hold the parameters under other names.
         FileExistsError: when a fit begins, if the folder may not be written.
     """
@@ -66,25 +66,26 @@ class DeltaExport(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out before the work whether it can be written at its end."""
-        if getattr(pl_module, "adapters", None) is not None:
+        if isinstance(adapter := getattr(pl_module, "adapter", None), Adapter):
             raise MisconfigurationException(
-                "DeltaExport compares weights with the base's, and this module trains adapters: use AdapterExport"
+                f"DeltaExport writes the entries of the base that changed, and method={adapter.method!r} changes none: "
+                "use lift_lightning.callbacks.AdapterExport in its place"
             )
         model, (base, revision) = _model_of(pl_module), self._base_of(pl_module)
         new = getattr(pl_module, "new_parameters", None)
-        target = self._target(trainer)
+        target = folder_of(trainer, self.output, "delta")
 
         def check() -> None:
             check_delta_folder(target, overwrite=self.overwrite)
             with open_folder(base, revision) as source:
                 check_names_in_base(model, source.names(), new)
 
-        _on_first(check)
+        on_first(check)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write it. All callbacks that change weights at the end of the training have done so."""
         model, (base, revision) = _model_of(pl_module), self._base_of(pl_module)
-        target = self._target(trainer)
+        target = folder_of(trainer, self.output, "delta")
         split = any(owned(parameter).group is not None for parameter in model.parameters())
         weights = whole_weights(model) if split else model  # every rank has a part in it
         bar = trainer.progress_bar_callback
@@ -104,7 +105,7 @@ class DeltaExport(pl.Callback):
             rank_zero_info(_summary(delta, target))
             return str(delta.save_pretrained(target, overwrite=self.overwrite))
 
-        self.folder = Path(_on_first(write))
+        self.folder = Path(on_first(write))
 
     # ---------------------------------------------------------------- what they do
 
@@ -117,15 +118,6 @@ class DeltaExport(pl.Callback):
                 f"{type(module).__name__} does not say which model it began from: DeltaExport(base=...) does"
             )
         return base, self.revision or module.hparams.get("revision")
-
-    def _target(self, trainer: pl.Trainer) -> Path:
-        beside = trainer.log_dir or trainer.default_root_dir  # asked for by all ranks: rank 0 tells the others
-        return Path(beside) / "delta" if self.output is None else Path(self.output)
-
-
-def _on_first(work: Callable[[], T]) -> T:
-    ranks = all_ranks()
-    return work() if ranks is None else ranks.on_first(work)
 
 
 def _model_of(module: pl.LightningModule) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from lift_lightning.adapters import merge_adapter
 from lift_lightning.errors import CheckpointError
 from lift_lightning.models import ModelUnavailableError, check_export_folder, export_model, load_tokenizer
 from lift_lightning.module import LiftLightningModule
@@ -21,7 +22,7 @@ def export(
 ) -> Path:
     """Write a checkpoint of `fit` as a Hugging Face folder: config, safetensors, tokenizer, generation config.
 
-    The weights keep the dtype that they have in the checkpoint.
+    The weights keep the dtype that they have in the checkpoint. An adapter is merged into them.
 
     Args:
         ckpt_path: a file that the Trainer saved.
@@ -60,7 +61,9 @@ def export(
     finally:
         torch.set_default_dtype(default)
     assert module.model is not None, "load_from_checkpoint calls configure_model"
-    return export_model(module.plain_model(), tokens, output, overwrite=overwrite)
+    if module.adapter is not None:
+        merge_adapter(module.model)
+    return export_model(module.model, tokens, output, overwrite=overwrite)
 
 
 def _weights_dtype(ckpt_path: str) -> torch.dtype:

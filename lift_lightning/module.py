@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lift_lightning import __version__
-from lift_lightning.adapters import ADAPTERS, Adapters, largest_rank, put_adapters, trained_entries
+from lift_lightning.adapters import Adapter, AdapterName, adapter_targets, put_on
 from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.callbacks.mask_refresh import CHECKPOINT_KEY as SELECTION_KEY
 from lift_lightning.delta import open_folder
@@ -48,8 +48,9 @@ from lift_lightning.monitoring import StepMeter
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.param_groups import build_param_groups
 from lift_lightning.reduction import GradientSum
+from lift_lightning.rivals import check_arguments, rank_by_budget, refuse_split_adapters
 from lift_lightning.rng import rng_state, set_rng_state
-from lift_lightning.selection import SelectionConfig
+from lift_lightning.selection_config import DEFAULT_RANK
 from lift_lightning.sharding import Ranks, all_ranks, allocate, flatten_model, fully_shard_model
 
 # And with it the strategies that the Trainer finds by name.
@@ -59,7 +60,7 @@ from lift_lightning.weight_files import WeightFiles, WeightLayoutError
 
 CHECKPOINT_KEY = "lift_lightning_module"
 
-Method = Literal["lift", "full", "lora", "rslora", "dora", "pissa", "shira", "spectral"]
+Method = Literal["lift", "full", AdapterName]
 LossReduction = Literal["token_mean", "micro_batch_mean"]
 StateDtype = Literal["float32", "bfloat16", "8bit"]
 # The schedules of transformers that need nothing beyond warmup and length, and whose rate is a function of the step.
@@ -77,14 +78,14 @@ class LiftLightningModule(pl.LightningModule):
         model_name_or_path: hub id or local folder of a transformers model.
         task: `causal_lm`, or `sequence_classification`.
         num_labels: of a classification; 1 is a regression; null takes what the DataModule says, else the checkpoint.
-        method: `lift` trains selected entries of the targeted matrices; `full` trains every parameter; the others put
-            adapters on the targeted matrices and train those (`lift_lightning.adapters`).
-        adapter_rank: r of the adapters.
-        adapter_alpha: LoRA's scale; null for twice the rank (for PiSSA, the rank).
-        match_budget: take the largest rank instead whose adapters train no more entries than the selection of the
-            section `lift` would.
-        target_modules: what is trained sparsely: a preset (`all-linear`, `attention`, `mlp`, `q_proj`, ...), a regular
-            expression, or a list of either.
+        method: `lift` trains selected entries of the targeted matrices; `full` trains every parameter; `lora`,
+            `rslora`, `dora`, `pissa`, `shira` and `spectral` train an adapter on the targeted matrices.
+        adapter_rank: of an adapter, the same for every matrix; 128 if neither this nor `match_budget` is given.
+        adapter_alpha: scale of an adapter; null for twice the rank, with `pissa` for the rank.
+        match_budget: set the largest `adapter_rank` at which no more numbers are trained than the Trainer's
+            `MaskRefreshCallback` would select.
+        target_modules: what is trained sparsely, or carries the adapter: a preset (`all-linear`, `attention`, `mlp`,
+            `q_proj`, ...), a regular expression, or a list of either.
         modules_to_train: what is trained densely, in the same notation. Parameters that the checkpoint does not have,
             such as a new classifier head, always are.
         lr: peak learning rate.
@@ -127,7 +128,7 @@ class LiftLightningModule(pl.LightningModule):
         task: ModelTask = "causal_lm",
         num_labels: int | None = None,
         method: Method = "lift",
-        adapter_rank: int = 16,
+        adapter_rank: int | None = None,
         adapter_alpha: float | None = None,
         match_budget: bool = False,
         target_modules: str | list[str] = "all-linear",
@@ -172,23 +173,15 @@ class LiftLightningModule(pl.LightningModule):
         ):
             if value not in get_args(choices):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
-        if adapter_rank < 1:
-            raise ConfigError(f"adapter_rank must be at least 1, got {adapter_rank}")
-        if match_budget and method not in ADAPTERS:
-            raise ConfigError(f"match_budget chooses the rank of adapters, and method={method} has none")
-        if method in ADAPTERS and not save_base_weights:
-            raise ConfigError(
-                f"save_base_weights=false leaves out what the base has, which method={method} keeps under other names: "
-                "leave it true, and add the callback AdapterExport for a small file"
-            )
+        check_arguments(method, adapter_rank, adapter_alpha, match_budget, save_base_weights)
         if metrics is not None and task == "causal_lm":
             raise ConfigError(f"metrics are of sequence_classification only, got {metrics}")
         self.save_hyperparameters()
         self.automatic_optimization = False
         self.model_name_or_path = model_name_or_path
         self.model = None
+        self.adapter: Adapter | None = None
         self.new_parameters: list[str] = []
-        self.adapters: Adapters | None = None
         self.meter = StepMeter()
         self._restored: dict[str, Any] | None = None
         self._skips: SkipReporter | None = None
@@ -219,8 +212,6 @@ class LiftLightningModule(pl.LightningModule):
             files = self._make_empty_model()
         if files is None:
             self._load_whole_model()
-        if self.hparams.method in ADAPTERS:
-            self._put_adapters()
         if self._labels is not None:
             check_padding(self.hf_model.config.pad_token_id, self.trainer.datamodule)
         self._judged_by()  # refuses metrics that it cannot have
@@ -229,7 +220,9 @@ class LiftLightningModule(pl.LightningModule):
             model = self.hf_model
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        if self._trainer is not None:
+        if self.hparams.method not in ("lift", "full"):
+            self._put_adapter_on()
+        elif self._trainer is not None:
             self._shard()
         if files is not None:
             allocate(self.hf_model, self.trainer.strategy.root_device)
@@ -246,44 +239,17 @@ class LiftLightningModule(pl.LightningModule):
             attn_implementation=hparams.attn_implementation,
         )
 
-    def _put_adapters(self) -> None:
+    def _put_adapter_on(self) -> None:
+        """Under every strategy that is not refused each process has the whole model."""
         hparams = self.hparams
-        (group,) = build_param_groups(self.hf_model, target_modules=hparams.target_modules)
-        shapes = [(p.shape[0], p.shape[1]) for _, p in group["params"]]
+        targets = adapter_targets(self.hf_model, hparams.method, hparams.target_modules, self._dense_patterns())
         if hparams.match_budget:
-            config = self._selection()
-            entries = sum(rows * columns for rows, columns in shapes)
-            resolved = config.of_targets(entries, sum(p.numel() for p in self.hf_model.parameters()))
-            budget = resolved.count or sum(resolved.budget(*shape) for shape in shapes)
-            # A checkpoint tells these to whoever loads it, export among them.
-            hparams.adapter_rank, hparams.match_budget = largest_rank(hparams.method, shapes, budget), False
-            found = trained_entries(hparams.method, shapes, hparams.adapter_rank)
-            rank_zero_info(
-                f"match_budget: LIFT would train {budget:,} entries; {hparams.method} of rank {hparams.adapter_rank} "
-                f"trains {found:,} ({found / budget:.1%})"
-            )
-        self.adapters = put_adapters(
-            self.hf_model,
-            hparams.method,
-            [name.removesuffix(".weight") for name, _ in group["params"]],
-            hparams.adapter_rank,
-            alpha=hparams.adapter_alpha,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 43)),
-        )
-
-    def _selection(self) -> SelectionConfig:
-        """That of the section `lift`."""
-        for callback in [] if self._trainer is None else self.trainer.callbacks:
-            if isinstance(callback, MaskRefreshCallback):
-                return callback.config
-        raise MisconfigurationException(
-            "match_budget takes the budget from a MaskRefreshCallback (section lift), and there is no Trainer "
-            "that has one: add it, or set adapter_rank"
-        )
-
-    def plain_model(self) -> PreTrainedModel:
-        """The model without adapters, which are merged into its weights: for export, not for further training."""
-        return self.hf_model if self.adapters is None else self.adapters.merge()
+            callbacks = [] if self._trainer is None else self.trainer.callbacks
+            # A checkpoint tells the rank, where no Trainer is.
+            hparams.adapter_rank = rank_by_budget(self.hf_model, hparams.method, targets, callbacks)
+            hparams.match_budget = False
+        rank = DEFAULT_RANK if hparams.adapter_rank is None else hparams.adapter_rank
+        self.adapter = put_on(self.hf_model, hparams.method, rank, alpha=hparams.adapter_alpha, targets=targets)
 
     def _make_empty_model(self) -> WeightFiles | None:
         """The model without weights, and where each process reads its part of them; None if it cannot be done so."""
@@ -357,15 +323,16 @@ class LiftLightningModule(pl.LightningModule):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """What is trained sparsely and what densely; the rest is frozen. Override for another method."""
-        hparams = self.hparams
-        if hparams.method == "full":
+        if self.adapter is not None:
+            return self.adapter.param_groups()
+        if self.hparams.method == "full":
             return build_param_groups(self.hf_model, target_modules=(), modules_to_train=".")
+        return build_param_groups(self.hf_model, self.hparams.target_modules, self._dense_patterns())
+
+    def _dense_patterns(self) -> list[str]:
         new = [f"^{re.escape(name)}$" for name in self.new_parameters]
-        if self.adapters is not None:
-            return build_param_groups(self.hf_model, target_modules=(), modules_to_train=[self.adapters.trained, *new])
-        wanted = hparams.modules_to_train or []
-        dense = [*([wanted] if isinstance(wanted, str) else wanted), *new]
-        return build_param_groups(self.hf_model, target_modules=hparams.target_modules, modules_to_train=dense)
+        wanted = self.hparams.modules_to_train or []
+        return [*([wanted] if isinstance(wanted, str) else wanted), *new]
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches  # of optimizer steps, see CountOptimizerSteps
@@ -381,17 +348,12 @@ class LiftLightningModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take from the DataModule what is left open, and refuse what would train wrong in silence."""
+        if self.hparams.method not in ("lift", "full"):
+            refuse_split_adapters(self.hparams.method, self.trainer.strategy)
         self._labels = labels_of(getattr(self.trainer, "datamodule", None), self.hparams.task, self.hparams.num_labels)
         if self._labels is not None:
             self.hparams.num_labels = self._labels.num_labels  # a checkpoint tells export
         if stage == "fit":
-            if self.hparams.method in ADAPTERS and isinstance(
-                self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)
-            ):
-                raise MisconfigurationException(
-                    f"method={self.hparams.method} puts adapters on whole layers, and "
-                    f"{type(self.trainer.strategy).__name__} splits them: set trainer.strategy to ddp or auto"
-                )
             refuse_unsupported(self.trainer)
             if isinstance(self.trainer.strategy, DDPStrategy):
                 leave_unwrapped(self.trainer.strategy)

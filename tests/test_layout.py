@@ -60,6 +60,7 @@ LEVELS = {
     # 3: Lightning from here up
     "lift_lightning.strategies": 3,
     "lift_lightning.support": 3,
+    "lift_lightning.rivals": 3,
     "lift_lightning.module": 3,
     "lift_lightning.callbacks": 3,
     "lift_lightning.datamodules": 3,

@@ -51,7 +51,7 @@ def test_every_method_has_a_file_that_says_its_command():
     assert len(methods.METHODS) >= 20
     for name in methods.METHODS:
         text = (methods.FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
-        assert f"# python main.py fit --config configs/quickstart.yaml --config configs/methods/{name}.yaml\n" in text
+        assert f" python main.py fit --config configs/quickstart.yaml --config configs/methods/{name}.yaml\n" in text
 
 
 def test_unknown_methods_are_refused():

@@ -1,6 +1,7 @@
-"""Spectral Adapter, additive form (arXiv 2405.13952): the leading singular vectors of a weight are fine-tuned.
+"""Spectral Adapter in its additive form (arXiv 2405.13952, section 3): singular vectors are trained, not the weight.
 
-Letters: M, N rows and columns of the weight (outputs and inputs of the layer); r rank of the adapter.
+Letters: M, N outputs and inputs of a layer; r rank. W = U S V^T; of the top r triplets U1 (M, r), S1 (r), V1 (N, r) the
+vectors get A_U (M, r) and A_V (N, r), which begin at zero: W_new = (U1 + A_U) S1 (V1 + A_V)^T + the rest of W.
 """
 
 from __future__ import annotations
@@ -10,76 +11,66 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lift_lightning.errors import ConfigError
+from lift_lightning.lowrank import check_finite
 
 
 class SpectralLinear(nn.Module):
-    """A linear layer whose top r singular directions U1 S1 V1^T become (U1 + A_U) S1 (V1 + A_V)^T.
-
-    A_U (M, r) and A_V (N, r), which begin at zero, are trained; the weight itself stays, and so do the outputs at the
-    start, to the bit: what the adapter adds is a difference of two equal products then.
+    """A linear layer whose leading singular vectors are trained; its own weight stays as it is.
 
     Args:
-        base_layer: whose weight is decomposed here, in float32 or better.
+        base_layer: with a weight (M, N).
         rank: r, at most min(M, N).
-    """
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-
-    def __init__(self, base_layer: nn.Linear, rank: int) -> None:
-        super().__init__()
-        weight = base_layer.weight.detach()
-        left, values, right = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), False)
-        self.base_layer = base_layer
-        self.register_buffer("left", left[:, :rank].to(weight.dtype).contiguous())
-        self.register_buffer("values", values[:rank].to(weight.dtype))
-        self.register_buffer("right", right[:rank].T.to(weight.dtype).contiguous())
-        self.spectral_u = nn.Parameter(torch.zeros_like(self.left))
-        self.spectral_v = nn.Parameter(torch.zeros_like(self.right))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(..., N) -> (..., M)."""
-        moved = (inputs @ (self.right + self.spectral_v) * self.values) @ (self.left + self.spectral_u).T
-        before = (inputs @ self.right * self.values) @ self.left.T
-        outputs: Tensor = self.base_layer(inputs)
-        return outputs + (moved - before)
-
-    def delta(self) -> Tensor:
-        """(M, N): what the adapter adds to the weight."""
-        moved = ((self.left + self.spectral_u) * self.values) @ (self.right + self.spectral_v).T
-        return (moved - (self.left * self.values) @ self.right.T).detach()
-
-
-def put_spectral(model: nn.Module, names: Iterable[str], rank: int) -> None:
-    """Replace linear layers of the model, by name, in place.
+        decompose: False leaves U1, S1, V1 at zero, for values that are loaded next.
 
     Raises:
-        ConfigError: if one of them is no `nn.Linear`, or has a side below the rank.
+        DecompositionError: if the weight holds NaN or infinity.
     """
+
+    def __init__(self, base_layer: nn.Linear, rank: int, *, decompose: bool = True) -> None:
+        super().__init__()
+        weight = base_layer.weight.detach()
+        self.base_layer = base_layer
+        if decompose:
+            check_finite(weight)
+            left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
+            u, s, v = left[:, :rank], values[:rank], right[:rank].T
+        else:
+            u, s, v = (weight.new_zeros(size) for size in ((weight.shape[0], rank), (rank,), (weight.shape[1], rank)))
+        # Persistent: a checkpoint must not depend on the signs that another machine's decomposition gives.
+        self.register_buffer("spectral_u", u.to(weight.dtype).contiguous())
+        self.register_buffer("spectral_s", s.to(weight.dtype).contiguous())
+        self.register_buffer("spectral_v", v.to(weight.dtype).contiguous())
+        self.spectral_a_u = nn.Parameter(torch.zeros_like(self.spectral_u))
+        self.spectral_a_v = nn.Parameter(torch.zeros_like(self.spectral_v))
+
+    spectral_u: Tensor
+    spectral_s: Tensor
+    spectral_v: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., N) -> (..., M). What the change adds is multiplied out, so that it is zero at the start, to the bit.
+
+        (V1 + A_V) S1 (U1 + A_U)^T - V1 S1 U1^T = V1 S1 A_U^T + A_V S1 (U1 + A_U)^T
+        """
+        old = (x @ self.spectral_v) * self.spectral_s
+        new = (x @ self.spectral_a_v) * self.spectral_s
+        change = old @ self.spectral_a_u.T + new @ (self.spectral_u + self.spectral_a_u).T
+        out: Tensor = self.base_layer(x)
+        return out + change.to(out.dtype)
+
+    def merged(self) -> nn.Linear:
+        """The base layer with W_new (M, N) as its weight, summed in float32."""
+        u, s, v = self.spectral_u.float(), self.spectral_s.float(), self.spectral_v.float()
+        a_u, a_v = self.spectral_a_u.detach().float(), self.spectral_a_v.detach().float()
+        weight = self.base_layer.weight
+        change = (a_u * s) @ v.T + ((u + a_u) * s) @ a_v.T
+        weight.data = (weight.detach().float() + change).to(weight.dtype)
+        return self.base_layer
+
+
+def put_on_spectral(model: nn.Module, names: Iterable[str], rank: int, *, decompose: bool = True) -> None:
+    """Replace the named `nn.Linear` layers, decomposing one matrix at a time."""
     for name in names:
         layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear):
-            raise ConfigError(f"method=spectral adapts nn.Linear, and {name!r} is {type(layer).__name__}: use lora")
-        if rank > min(layer.weight.shape):
-            raise ConfigError(
-                f"method=spectral: adapter_rank={rank} is more than the shorter side of {name!r}, "
-                f"{min(layer.weight.shape)}"
-            )
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, SpectralLinear(layer, rank))
-
-
-def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
-    """Those of a model, by name."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, SpectralLinear)}
-
-
-@torch.no_grad()
-def merge_spectral(model: nn.Module) -> None:
-    """Put plain layers back, in place, whose weights have the adapters added."""
-    for name, layer in spectral_layers(model).items():
-        layer.base_layer.weight += layer.delta()
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, layer.base_layer)
+        assert isinstance(layer, nn.Linear), "adapter_targets refuses others"
+        model.set_submodule(name, SpectralLinear(layer, rank, decompose=decompose))

@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from lift_lightning.adapters.methods import load_spectral
+from lift_lightning.adapters import load_adapter
 from lift_lightning.cli import command, lightning_cli
 from lift_lightning.delta import Delta, ModelSource, apply, extract, open_folder
 from lift_lightning.errors import ConfigError
@@ -107,13 +107,12 @@ def check_method(method: str, steps: int, folder: Path, *, batch_size: int = 16)
     optimizer = trainer.optimizers[0]
     dense = {id(p) for p in optimizer.dense_parameters()}
     changed = forbidden = 0
-    own = set() if module.adapters is None else {id(p) for p in optimizer.dense_parameters()}
     for name, parameter in module.hf_model.named_parameters():
-        if id(parameter) in own:
-            continue
         moved = (parameter.detach() != weights[name]).flatten()
-        changed += int(moved.sum())
-        if id(parameter) not in dense:
+        if id(parameter) in dense:  # an adapter's are not the model's
+            changed += int(moved.sum()) if module.adapter is None else 0
+        else:
+            changed += int(moved.sum())
             forbidden += int((moved & ~selected.marks.get(name, torch.zeros_like(moved))).sum())
     result = folder / "result"
     difference = _reloaded(module, result)
@@ -158,21 +157,15 @@ def _reloaded(module: LiftLightningModule, result: Path) -> float:
     with torch.no_grad():
         expected = model(input_ids=ids).logits
     fresh = load_model(module.model_name_or_path).model.eval()
-    if module.adapters is None:
+    if module.adapter is None:
         with open_folder(module.model_name_or_path) as source:
             extract(source, ModelSource(model, source.names())).save_pretrained(result)
         apply(fresh, Delta.from_pretrained(result))
-        loaded: Any = fresh
     else:
-        module.adapters.save_pretrained(result)
-        if module.adapters.method == "spectral":
-            loaded = load_spectral(fresh, result).model
-        else:
-            from peft import PeftModel
-
-            loaded = PeftModel.from_pretrained(fresh, str(result))
+        module.adapter.save_pretrained(result)
+        load_adapter(fresh, result)
     with torch.no_grad():
-        return float((loaded.eval()(input_ids=ids).logits - expected).abs().max())
+        return float((fresh.eval()(input_ids=ids).logits - expected).abs().max())
 
 
 def methods_table(checked: Sequence[Checked], steps: int) -> Table:

@@ -115,7 +115,8 @@ def fine_tune(
     cli = lightning_cli(with_packaged_configs(settings), run=False)
     module, trainer, data = cli.model, cli.trainer, cli.datamodule
     if method == "lora":
-        module.hparams.adapter_rank = cli.config.lift.rank  # r * (M + N) entries of both
+        # LIFT's: both train r * (M + N) numbers of a matrix. match_budget would need the Trainer, which comes later.
+        module.hparams.adapter_rank = cli.config.lift.rank
     probes = [callback for callback in trainer.callbacks if isinstance(callback, SkillProbe)]
     if quiet:
         for probe in probes:
