@@ -178,14 +178,14 @@ def methods_table(checked: Sequence[Checked], steps: int) -> Table:
     )
     table.add_column("method", no_wrap=True)
     for heading in (
-        "loss before",
+        "before",
         "after",
         "trained",
         "changed",
-        "not allowed",
+        "forbidden",
         "state",
         "result",
-        "reload differs by",
+        "reload",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in checked:
