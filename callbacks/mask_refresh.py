@@ -246,11 +246,12 @@ class MaskRefreshCallback(pl.Callback):
             if (shares := self._restored.get("shares")) is not None:
                 self._shares = {name: [Share(*one) for one in theirs] for name, theirs in shares.items()}
             self._origins = Origins(dict(self._restored.get("origins", {})))
-            self._refuse_another_schedule(optimizer)
+            self._refuse_another_schedule()
             if self._restored["selection"] != asdict(self.config):
                 rank_zero_warn(
                     f"the selection was made with {self._restored['selection']}; what is set now, "
                     f"{asdict(self.config)}, takes effect at the next refresh"
+                    + (", except for the budget, which stays divided as it was" if self._has_shares() else "")
                 )
         elif not optimizer.has_selection():
             if self._restored is not None:
@@ -264,14 +265,16 @@ class MaskRefreshCallback(pl.Callback):
         if trainer.is_global_zero:
             Console().print(summary_table(summary, optimizer))
 
-    def _refuse_another_schedule(self, optimizer: SparseAdamW) -> None:
+    def _refuse_another_schedule(self) -> None:
         """What a schedule or a division of the budget builds on must have been there from the first selection."""
         if self.schedule == "drop_and_grow" and not self._origins.values:
             raise ConfigError(
                 "schedule=drop_and_grow sets entries back to the values from before the training, which this "
                 "checkpoint does not have: it was trained with another schedule; go on with that one"
             )
-        if (self._resolved.divides or self.schedule == "accumulate") and self._shares is None:
+        if not self._has_shares():
+            self._shares = None  # of settings that are no longer in force
+        elif self._shares is None:
             raise ConfigError(
                 f"schedule={self.schedule}, allocation={self.config.allocation}, count={self.config.count} divide the "
                 "budget before the first selection, and this checkpoint was trained without: go on with its settings"
@@ -286,7 +289,7 @@ class MaskRefreshCallback(pl.Callback):
         if self.schedule != "periodic" and optimizer.split_over is not None:
             raise ConfigError(SPLIT.format(what=f"schedule={self.schedule}"))
         statistics = self._statistics(trainer, pl_module, step) if self.config.needs_gradients else None
-        if first and (self._resolved.divides or self.schedule == "accumulate"):
+        if first and self._has_shares():
             self._divide(trainer, statistics, show)
         self._selections += 1
         before = all_selected(optimizer)
@@ -313,6 +316,10 @@ class MaskRefreshCallback(pl.Callback):
         self._bases = report.bases
         self.history.append((step, replace(report, bases={})))  # the history would keep every old basis alive
         self._log(trainer, step, report, first)
+
+    def _has_shares(self) -> bool:
+        """Whether matrices have budgets of their own, which are found before the first selection and stay."""
+        return self._resolved.divides or self.schedule == "accumulate"
 
     def _share_to_drop(self, trainer: pl.Trainer, step: int) -> float:
         steps = trainer.estimated_stepping_batches

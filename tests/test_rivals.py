@@ -168,7 +168,8 @@ def test_ddp_trains_one_adapter(tiny_model_dir: Path, sums_file: Path, tmp_path:
 
 def select_by_gradients(rank: int, ranks: int, model: Path, rows: Path) -> dict[str, torch.Tensor]:
     module = module_of(model, "lift", adapter_rank=None)
-    callback = MaskRefreshCallback(interval=2, criterion="gradient", density=0.1, schedule="drop_and_grow")
+    settings = {"criterion": "gradient", "density": 0.1, "allocation": "global"}
+    callback = MaskRefreshCallback(interval=2, schedule="drop_and_grow", **settings)
     run = trainer_of(callback, strategy="ddp", devices=ranks, max_steps=3)
     run.fit(module, datamodule=data_of(model, rows))
     optimizer = run.optimizers[0]

@@ -157,6 +157,26 @@ def test_a_schedule_cannot_begin_in_the_middle(tmp_path: Path):
             fit(Known(), again, callbacks=[saver], enable_checkpointing=True, ckpt_path=path, max_epochs=3)
 
 
+def test_a_resume_with_other_settings_says_which_budget_is_in_force(tmp_path: Path):
+    divided = {"interval": 3, "density": 0.25, "allocation": "energy"}
+
+    def here() -> dict[str, Any]:
+        saver = ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=6)
+        return {"callbacks": [saver], "enable_checkpointing": True}
+
+    first = MaskRefreshCallback(**divided)
+    fit(Known(), first, max_epochs=1, **here())
+    path = tmp_path / "end.ckpt"
+    more = MaskRefreshCallback(**{**divided, "density": 0.5})
+    with pytest.warns(UserWarning, match="except for the budget, which stays divided as it was"):
+        fit(Known(), more, ckpt_path=path, **here())
+    assert {report.selected for _, report in [*first.history, *more.history]} == {112}
+    plain = MaskRefreshCallback(interval=3, density=0.5)
+    with pytest.warns(UserWarning, match="takes effect at the next refresh$"):
+        fit(Known(), plain, ckpt_path=path, **here())
+    assert {report.selected for _, report in plain.history} == {224}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
