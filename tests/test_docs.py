@@ -111,6 +111,7 @@ NOT_RUN = {
         "needs a second delta; tests/test_delta_commands.py merges"
     ),
     "python main.py delta push --delta my-delta --repo_id user/name": "tests/test_delta_format.py pushes, to no hub",
+    "bash benchmarks/merge_deltas.sh": "needs a real model and its rows, and half an hour",
     "pip install -c constraints.txt -e .": "changes the environment of the tests; tests/test_packaging.py installs",
 }
 # Of docs/glue.md: they need GLUE, or models of the hub. tests/test_glue.py runs such commands on rows made there.
