@@ -43,7 +43,8 @@ def commit() -> str:
     if not head:
         return "unknown"
     # Results are left out: those that the benchmark before has written say nothing about the code.
-    changed = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    written = ("benchmarks/results", "benchmarks/studies/runs", "docs/results")
+    changed = _git("status", "--porcelain", "--", ".", *(f":(exclude){folder}" for folder in written))
     return f"{head}-dirty" if changed else head
 
 

@@ -1,0 +1,128 @@
+"""What study 4 runs: methods, learning rates, seeds, and LIFT's settings one by one.
+
+Every case has a name that its settings give, so that a run which several questions need is run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from benchmarks.studies.records import Run, Store
+
+# Runs the methods train as many numbers as LIFT at rank 8, or fewer where a rank's step does not allow more.
+BUDGET = 143_360
+METHODS: dict[str, tuple[str, str, dict[str, object]]] = {
+    # name: label, file of configs/methods/, settings
+    "full": ("full fine-tuning", "full", {}),
+    "lora": ("LoRA", "lora", {}),
+    "dora": ("DoRA", "dora", {}),
+    "pissa": ("PiSSA", "pissa", {}),
+    "spectral": ("Spectral Adapter", "spectral", {}),
+    "lift": ("LIFT", "lift", {}),
+    "lift-smallest": ("LIFT smallest", "lift-smallest", {}),
+    "lift-mlp": ("LIFT_MLP", "lift-mlp", {"lift.rank": "null", "lift.count": BUDGET}),
+    "lift-structured": ("LIFT_Structured", "lift-structured", {}),
+    "lift-adaptive": ("adaptive LIFT", "lift-adaptive", {}),
+    "magnitude": ("magnitude", "magnitude", {}),
+    "gradient": ("gradient", "gradient", {}),
+    "random": ("random", "random", {}),
+}
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+TUNING_SEED, SEEDS, FEWER_SEEDS = 0, (1, 2, 3, 4, 5), (1, 2, 3)
+
+COMPONENTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+COMPONENT_BUDGET = 65_536  # in each; half of k_proj's entries, a tenth of up_proj's
+INTERVALS = (5, 20, 100)
+DIRECTIONS = ("smallest", "random", "hybrid")
+LRA_RANKS = (2, 4, 8, 32, 64, 128)
+DENSITIES = (0.01, 0.02, 0.1, 0.2)
+HEAT_RANKS, HEAT_LRA_RANKS, HEAT_SEEDS = (2, 8, 32), (4, 16, 64), (1, 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        method: key of `METHODS`.
+        lr: peak learning rate.
+        seed: of everything random.
+        variant: what differs from the method, in a word or two; empty for the method itself.
+        options: that make it so.
+        tuning: whether it serves to choose the rate, and is tested on validation questions.
+    """
+
+    method: str
+    lr: float
+    seed: int
+    variant: str = ""
+    options: Mapping[str, object] = field(default_factory=dict)
+    tuning: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        parts = [self.method, self.variant, f"lr{self.lr:g}", "tuning" if self.tuning else f"seed{self.seed}"]
+        return "-".join(part for part in parts if part)
+
+
+def tuning_cases(methods: Iterable[str] = METHODS) -> list[Case]:
+    """Every method at every rate of the grid."""
+    return [Case(method, lr, TUNING_SEED, tuning=True) for method in methods for lr in RATES]
+
+
+def main_cases(rates: Mapping[str, float]) -> list[Case]:
+    """Every method at its own rate, seed after seed."""
+    return [Case(method, rates[method], seed) for seed in SEEDS for method in METHODS if method in rates]
+
+
+def lift_variants() -> dict[str, list[tuple[str, dict[str, object]]]]:
+    """LIFT's settings, one changed at a time: question, and for each value its name and options."""
+    return {
+        "interval": [("fixed", {"lift.interval": "null"})]
+        + [(f"interval{n}", {"lift.interval": n}) for n in INTERVALS],
+        "directions": [(f"directions-{name}", {"lift.directions": name}) for name in DIRECTIONS],
+        "component": [
+            (name, {"model.target_modules": name, "lift.rank": "null", "lift.count": COMPONENT_BUDGET})
+            for name in COMPONENTS
+        ],
+        "density": [(f"density{d:g}", {"lift.rank": "null", "lift.density": d}) for d in DENSITIES],
+        "lra_rank": [(f"lra{r}", {"lift.lra_rank": r}) for r in LRA_RANKS],
+    }
+
+
+def heat_variants() -> list[tuple[str, dict[str, object]]]:
+    """Rank of the approximation against rank of the budget; the middle row is among the LRA ranks already."""
+    return [
+        (f"rank{r}-lra{lra}", {"lift.rank": r, "lift.lra_rank": lra})
+        for r in HEAT_RANKS
+        for lra in HEAT_LRA_RANKS
+        if r != 8
+    ]
+
+
+def variant_cases(lr: float) -> list[Case]:
+    """All of them at LIFT's rate, seed after seed."""
+    variants = [variant for values in lift_variants().values() for variant in values]
+    found = []
+    for seed in FEWER_SEEDS:
+        found += [Case("lift", lr, seed, name, options) for name, options in variants]
+        if seed in HEAT_SEEDS:
+            found += [Case("lift", lr, seed, name, options) for name, options in heat_variants()]
+    return found
+
+
+def chosen_rates(store: Store) -> dict[str, float]:
+    """Of each method whose grid is done: the rate with the best validation accuracy, then with the lowest loss."""
+    found: dict[str, float] = {}
+    for method in METHODS:
+        cases = tuning_cases([method])
+        if all(store.has(case.name) for case in cases):
+            found[method] = min((store.load(case.name) for case in cases), key=_rating)["lr"]
+    return found
+
+
+def _rating(run: Run) -> tuple[float, float]:
+    loss = run["loss"]["target"]
+    return -run["accuracy"]["target"], float("inf") if loss is None else loss
