@@ -16,6 +16,7 @@ import jsonargparse
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lift_lightning.analyze_commands import COMMANDS as ANALYZE_COMMANDS
 from lift_lightning.callbacks import MaskRefreshCallback
 from lift_lightning.consolidate import consolidate
 from lift_lightning.datamodules import FineTuningDataModule, SFTDataModule
@@ -56,6 +57,7 @@ TOOLS: dict[str, Any] = {
     "perplexity": perplexity,
     "sweep": sweep,
     "delta": DELTA_COMMANDS,
+    "analyze": ANALYZE_COMMANDS,
 }
 
 USAGE = """\
@@ -74,6 +76,8 @@ commands:
   export     write a checkpoint as a Hugging Face folder
   consolidate  make one file of a checkpoint folder that several devices wrote
   delta      what differs from the base as a small adapter: delta {{extract,apply,merge,inspect,diff,push}}
+  analyze    figure, CSV and table of what a model knows and what training did: analyze {{alignment,rank,histogram,
+             norms,overlap,churn,spectra,positions,perturb,memory}}
 
 sections of a configuration: model (what is trained, and how), data, lift (the selection), trainer (Lightning's).
 

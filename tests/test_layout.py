@@ -81,6 +81,7 @@ LEVELS = {
     "lift_lightning.show_data": 4,
     "lift_lightning.consolidate": 4,
     "lift_lightning.delta_commands": 4,
+    "lift_lightning.analyze_commands": 4,
     "main": 4,
 }
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}

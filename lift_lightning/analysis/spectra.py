@@ -45,7 +45,7 @@ def numerical_rank(values: Tensor, shape: tuple[int, ...], tolerance: float = RA
 
 
 def effective_rank(values: Tensor) -> float:
-    """The exponential of the entropy of the normalised singular values (Roy & Vetterli 2007); 0 of a matrix of zeros."""
+    """Exponential of the entropy of the normalised singular values (Roy & Vetterli 2007); 0 of a matrix of zeros."""
     if values[0] == 0:
         return 0.0
     shares = values / values.sum()
@@ -71,8 +71,8 @@ def leading_right_vectors(matrix: Tensor, k: int) -> Tensor:
 def alignment_score(before: Tensor, after: Tensor) -> float:
     """How much of the top eigenspace is left where it was (paper, App. H.1).
 
-    With v_j the leading right singular vectors before and v'_i those after: d_i = sum_j (v'_i . v_j)^2, and the score is
-    the mean of d_i over i. 1 for the same subspace, k / N on average for one drawn at random.
+    With v_j the leading right singular vectors before and v'_i those after: d_i = sum_j (v'_i . v_j)^2, and the score
+    is the mean of d_i over i. 1 for the same subspace, k / N on average for one drawn at random.
 
     Args:
         before: (N, k) orthonormal columns.

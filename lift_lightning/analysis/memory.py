@@ -1,0 +1,252 @@
+"""Memory of a training step (paper, Fig. 6), found without the model's weights: a step on tensors without values.
+
+The model is made from its configuration under FakeTensorMode, and one real training step is taken by this package's
+own optimizer: forward, backward with its hooks, clipping, update. Every storage that comes to life is counted until it
+is dropped. That is what tensors need; the libraries' work space, the allocator's rounding and the context of a GPU come
+on top, and attention is counted as the CPU's kernel keeps it, which is as flash attention does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lift_lightning.adapters import Adapter, adapter_targets, put_on
+from lift_lightning.analysis.plots import COLOURS, canvas
+from lift_lightning.analysis.report import Findings
+from lift_lightning.losses import causal_lm_loss
+from lift_lightning.optimizer import SparseAdamW
+from lift_lightning.param_groups import build_param_groups, matrix_views
+from lift_lightning.selection_config import SelectionConfig
+
+Method = Literal["lift", "lift-mlp", "lora", "full"]
+LABELS: dict[str, str] = {"lift": "LIFT", "lift-mlp": "LIFT_MLP", "lora": "LoRA", "full": "full fine-tuning"}
+GIB = 2**30
+STEPS = 2  # the second has all that the first one makes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and on what.
+
+    Attributes:
+        method: `lift`, `lift-mlp` (the layers of the MLPs only), `lora`, or `full` (every parameter).
+        rank: budget rank of LIFT, rank of LoRA.
+        batch: sequences of a micro-batch.
+        length: tokens of each.
+        dtype: of the weights. LIFT keeps float32 copies of the selected entries of narrower ones.
+        checkpointing: whether activations are computed again in the backward pass.
+    """
+
+    method: Method
+    rank: int = 128
+    batch: int = 1
+    length: int = 2048
+    dtype: torch.dtype = torch.bfloat16
+    checkpointing: bool = True
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a step. The parts do not all stand at one moment: `peak` is below their sum.
+
+    Attributes:
+        weights: of the model, the adapters' among them.
+        moments: of AdamW.
+        indices: of the selection.
+        masters: float32 copies of the selected entries.
+        gradients: kept until the update: those of the selected entries, of the adapters, or of all parameters.
+        activations: what the forward pass leaves for the backward pass, the logits among it.
+        peak: of all that was there at one moment, temporary tensors and gradients of single layers among it.
+        trained: numbers that are trained at a time; not bytes.
+    """
+
+    weights: int
+    moments: int
+    indices: int
+    masters: int
+    gradients: int
+    activations: int
+    peak: int
+    trained: int
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of the storages that come to life while it is on, until they are dropped.
+
+    Attributes:
+        now: bytes that are there.
+        peak: the most that were.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and look at what it returns."""
+        found = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return found
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+
+def set_up(
+    model: PreTrainedModel, setting: Setting, adapter: Adapter | None, select: Callable[[Tensor, int], Tensor]
+) -> SparseAdamW:
+    """Make the model ready for training by a method.
+
+    Args:
+        model: with or without values.
+        setting: the method and its rank.
+        adapter: that LoRA has put on.
+        select: (parameter, K) -> (K,) ascending indices, of which the values do not matter for memory.
+    """
+    if setting.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if setting.method == "full":
+        return SparseAdamW(build_param_groups(model, [], modules_to_train=[".*"]))
+    if adapter is not None:
+        return SparseAdamW(adapter.param_groups())
+    optimizer = SparseAdamW(build_param_groups(model, "mlp" if setting.method == "lift-mlp" else "all-linear"))
+    config = SelectionConfig(rank=setting.rank)
+    for _, parameter, group in optimizer.sparse_parameters():
+        budgets = [config.budget(*view.shape) for view in matrix_views(parameter, group["halves"])]
+        optimizer.set_indices(parameter, select(parameter, sum(budgets)))
+    return optimizer
+
+
+def training_step(
+    model: nn.Module, optimizer: SparseAdamW, token_ids: Tensor, after_forward: Callable[[], None] = lambda: None
+) -> None:
+    """Forward, backward, clipping, update, as `LiftLightningModule` does it."""
+    logits = model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False).logits
+    after_forward()
+    loss = causal_lm_loss(logits, token_ids)
+    (loss.total / loss.weight).backward()
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def footprint(config: PretrainedConfig, setting: Setting) -> Footprint:
+    """What a training step takes, on tensors without values.
+
+    Args:
+        config: of a causal language model.
+        setting: what is trained, and on what.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=setting.dtype).train()
+        adapter = None
+        if setting.method == "lora":
+            targets = adapter_targets(model, "lora", "all-linear", ())
+            adapter = put_on(model, "lora", setting.rank, targets=targets)
+    with FakeTensorMode():
+        _to_fake_cpu(model)
+        optimizer = set_up(model, setting, adapter, lambda _, count: torch.arange(count))
+        if setting.checkpointing:
+            # The embeddings' output has to want a gradient for layers under frozen ones to be computed again.
+            model.enable_input_require_grads()
+        token_ids = torch.zeros(setting.batch, setting.length, dtype=torch.long)
+        states = [optimizer._sparse[p] for _, p, _ in optimizer.sparse_parameters()]
+        kept = [t for s in states for t in (s.indices, s.exp_avg, s.exp_avg_sq, s.master) if isinstance(t, Tensor)]
+        kept += [t for p in optimizer.dense_parameters() for t in optimizer.state[p].values()]
+        weights = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        live = LiveStorages([*weights.values(), *kept, optimizer.skipped_steps])
+        forward: list[int] = []
+        with live:
+            for _ in range(STEPS):
+                training_step(model, optimizer, token_ids, lambda: forward.append(live.now))
+    dense = optimizer.dense_parameters()
+    selected = [s.indices.numel() for s in states]
+    kept_bytes = sum(t.nbytes for t in kept)
+    moments = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes for s in states)
+    moments += sum(optimizer.state[p][key].nbytes for p in dense for key in ("exp_avg", "exp_avg_sq"))
+    weight_bytes = sum(t.nbytes for t in weights.values())
+    return Footprint(
+        weights=weight_bytes,
+        moments=moments,
+        indices=sum(s.indices.nbytes for s in states),
+        masters=sum(0 if s.master is None else s.master.nbytes for s in states),
+        gradients=4 * sum(selected) + sum(p.nbytes for p in dense),
+        activations=forward[-1],
+        peak=weight_bytes + kept_bytes + live.peak,
+        trained=sum(selected) + sum(p.numel() for p in dense),
+    )
+
+
+def _to_fake_cpu(model: nn.Module) -> None:
+    """Give parameters and buffers that are on the meta device their fake twins on the CPU, tied ones one."""
+    twins: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in twins:
+                    twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    twins[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
+                tensors[name] = twins[id(tensor)]  # type: ignore[assignment]
+
+
+PARTS = ("weights", "moments", "indices", "masters", "gradients", "activations")
+
+
+def findings(found: dict[str, Footprint], title: str) -> Findings:
+    """Table and figure of the footprints of several methods, by label."""
+    rows = [{"method": label, **asdict(footprint)} for label, footprint in found.items()]
+    table = Table(title=title, caption="GiB; the parts do not all stand at one moment, the peak is what does")
+    table.add_column("method")
+    for name in (*PARTS, "peak", "trained"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        sizes = (f"{row[name] / GIB:.3f}" for name in (*PARTS, "peak"))
+        table.add_row(str(row["method"]), *sizes, f"{row['trained']:,}")
+    figure, (axes,) = canvas(width=7.0)
+    draw(axes, found, title)
+    return Findings("memory", rows, table, figure)
+
+
+def draw(axes: Any, found: dict[str, Footprint], title: str, *, legend: bool = True) -> None:
+    """Stacked bars of the parts, and a mark at the peak."""
+    labels: Sequence[str] = list(found)
+    base = [0.0] * len(labels)
+    for i, part in enumerate(PARTS):
+        sizes = [getattr(found[label], part) / GIB for label in labels]
+        axes.bar(labels, sizes, bottom=base, label=part, color=COLOURS[i], width=0.6)
+        base = [a + b for a, b in zip(base, sizes, strict=True)]
+    peaks = [found[label].peak / GIB for label in labels]
+    axes.plot(labels, peaks, "_", color="black", markersize=28, markeredgewidth=2, label="peak of a step")
+    axes.set(ylabel="GiB", title=title)
+    axes.grid(visible=False, axis="x")
+    if legend:
+        axes.legend(frameon=False, fontsize=8)
