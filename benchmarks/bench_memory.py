@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import torch
 from harness import SEED, Options, compare, options, progress, report
-from methods import Step, body_loss, checkpoint_activations, language_model_loss, method
+from methods import Step, body_loss, language_model_loss, method
 from resident_memory import in_fresh_process, peak_above
 from smollm2 import batches, load_model, load_tokens
+
+from lift_lightning.models import checkpoint_activations
 
 RANK, QUICK_RANK = 32, 4
 REPEATS = 5

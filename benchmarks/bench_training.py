@@ -13,10 +13,12 @@ from it, LoRA computes the adapters' only. Attention, the same for all, is left 
 from __future__ import annotations
 
 from harness import Options, Row, alternate, compare, options, progress, report
-from methods import ADAMW, CLIP, Method, Step, checkpoint_activations, method
+from methods import ADAMW, CLIP, Method, Step, method
 from resident_memory import give_back
 from smollm2 import batches, load_model, load_tokens
 from torch import Tensor, nn
+
+from lift_lightning.models import checkpoint_activations
 
 RANK, QUICK_RANK = 32, 4
 # Sequences, tokens of each, repeats, gradient checkpointing. A step of the last takes a minute, and was killed

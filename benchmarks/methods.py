@@ -87,13 +87,6 @@ def method(name: str, model: PreTrainedModel, rank: int) -> Method:
     return lora(model, rank) if name == "lora" else full(model)
 
 
-def checkpoint_activations(base: PreTrainedModel) -> None:
-    """As `model.gradient_checkpointing` does."""
-    # Earlier versions of transformers 5 have it under the older name only.
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def language_model_loss(method: Method, token_ids: Tensor) -> Tensor:
     """Mean cross-entropy of the next token, computed by what `LiftLightningModule` computes it by."""
     inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lift_lightning.analysis.report import Findings
 
 DENSITY = 0.05
+TABLE_WIDTH = 110  # columns
 Targets = str | list[str]
 
 
@@ -515,7 +516,9 @@ def _of_selections(
 
 
 def _show(found: Findings, folder: Path) -> Path:
-    Console().print(found.table)
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)  # a row that goes over the edge can be read, a cut one cannot
+    console.print(found.table)
     write(found, folder)
     return folder
 

@@ -169,6 +169,13 @@ def load_empty_model(
     return model, files
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let the model compute its activations again in the backward pass instead of keeping them."""
+    # Earlier versions of transformers 5 have it under the older name only.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def model_folder(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The folder that holds a model's safetensors, config and tokenizer, fetched from the hub where it is a hub id.
 

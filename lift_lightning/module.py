@@ -43,7 +43,14 @@ from lift_lightning.evaluation.recorder import summary_table
 from lift_lightning.evaluation.results import source_commit
 from lift_lightning.evaluation.tasks import GenericKind
 from lift_lightning.losses import SummedLoss, causal_lm_loss, classification_loss
-from lift_lightning.models import ModelTask, keep_buffer_dtypes, load_empty_model, load_model, load_tokenizer
+from lift_lightning.models import (
+    ModelTask,
+    checkpoint_activations,
+    keep_buffer_dtypes,
+    load_empty_model,
+    load_model,
+    load_tokenizer,
+)
 from lift_lightning.monitoring import StepMeter
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.param_groups import build_param_groups
@@ -216,10 +223,7 @@ class LiftLightningModule(pl.LightningModule):
             check_padding(self.hf_model.config.pad_token_id, self.trainer.datamodule)
         self._judged_by()  # refuses metrics that it cannot have
         if self.hparams.gradient_checkpointing:
-            # Earlier versions of transformers 5 have it under the older name only.
-            model = self.hf_model
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_activations(self.hf_model)
         if self.hparams.method not in ("lift", "full"):
             self._put_adapter_on()
         elif self._trainer is not None:

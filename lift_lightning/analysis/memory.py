@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lift_lightning.adapters import Adapter, adapter_targets, put_on
-from lift_lightning.analysis.plots import COLOURS, canvas
+from lift_lightning.analysis.plots import COLOURS, LEGEND, canvas
 from lift_lightning.analysis.report import Findings
 from lift_lightning.losses import causal_lm_loss
+from lift_lightning.models import checkpoint_activations
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.param_groups import build_param_groups, matrix_views
 from lift_lightning.selection_config import SelectionConfig
@@ -58,7 +59,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a step. The parts do not all stand at one moment: `peak` is below their sum.
+    """Bytes of a step. The parts need not all stand at one moment, so that `peak` may be below their sum.
 
     Attributes:
         weights: of the model, the adapters' among them.
@@ -67,7 +68,9 @@ class Footprint:
         masters: float32 copies of the selected entries.
         gradients: kept until the update: those of the selected entries, of the adapters, or of all parameters.
         activations: what the forward pass leaves for the backward pass, the logits among it.
-        peak: of all that was there at one moment, temporary tensors and gradients of single layers among it.
+        temporary: what the peak has beyond all of these: the loss's float32 logits and their gradient, the dense
+            gradient of a layer whose selected entries are being picked, layers that are computed again.
+        peak: of all that was there at one moment.
         trained: numbers that are trained at a time; not bytes.
     """
 
@@ -77,6 +80,7 @@ class Footprint:
     masters: int
     gradients: int
     activations: int
+    temporary: int
     peak: int
     trained: int
 
@@ -130,7 +134,7 @@ def set_up(
         select: (parameter, K) -> (K,) ascending indices, of which the values do not matter for memory.
     """
     if setting.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     if setting.method == "full":
         return SparseAdamW(build_param_groups(model, [], modules_to_train=[".*"]))
     if adapter is not None:
@@ -172,9 +176,6 @@ def footprint(config: PretrainedConfig, setting: Setting) -> Footprint:
     with FakeTensorMode():
         _to_fake_cpu(model)
         optimizer = set_up(model, setting, adapter, lambda _, count: torch.arange(count))
-        if setting.checkpointing:
-            # The embeddings' output has to want a gradient for layers under frozen ones to be computed again.
-            model.enable_input_require_grads()
         token_ids = torch.zeros(setting.batch, setting.length, dtype=torch.long)
         states = [optimizer._sparse[p] for _, p, _ in optimizer.sparse_parameters()]
         kept = [t for s in states for t in (s.indices, s.exp_avg, s.exp_avg_sq, s.master) if isinstance(t, Tensor)]
@@ -190,15 +191,19 @@ def footprint(config: PretrainedConfig, setting: Setting) -> Footprint:
     kept_bytes = sum(t.nbytes for t in kept)
     moments = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes for s in states)
     moments += sum(optimizer.state[p][key].nbytes for p in dense for key in ("exp_avg", "exp_avg_sq"))
-    weight_bytes = sum(t.nbytes for t in weights.values())
+    parts = {
+        "weights": sum(t.nbytes for t in weights.values()),
+        "moments": moments,
+        "indices": sum(s.indices.nbytes for s in states),
+        "masters": sum(0 if s.master is None else s.master.nbytes for s in states),
+        "gradients": 4 * sum(selected) + sum(p.nbytes for p in dense),
+        "activations": forward[-1],
+    }
+    peak = parts["weights"] + kept_bytes + live.peak
     return Footprint(
-        weights=weight_bytes,
-        moments=moments,
-        indices=sum(s.indices.nbytes for s in states),
-        masters=sum(0 if s.master is None else s.master.nbytes for s in states),
-        gradients=4 * sum(selected) + sum(p.nbytes for p in dense),
-        activations=forward[-1],
-        peak=weight_bytes + kept_bytes + live.peak,
+        **parts,
+        temporary=max(0, peak - sum(parts.values())),
+        peak=peak,
         trained=sum(selected) + sum(p.numel() for p in dense),
     )
 
@@ -218,13 +223,13 @@ def _to_fake_cpu(model: nn.Module) -> None:
                 tensors[name] = twins[id(tensor)]  # type: ignore[assignment]
 
 
-PARTS = ("weights", "moments", "indices", "masters", "gradients", "activations")
+PARTS = ("weights", "moments", "indices", "masters", "gradients", "activations", "temporary")
 
 
 def findings(found: dict[str, Footprint], title: str) -> Findings:
     """Table and figure of the footprints of several methods, by label."""
     rows = [{"method": label, **asdict(footprint)} for label, footprint in found.items()]
-    table = Table(title=title, caption="GiB; the parts do not all stand at one moment, the peak is what does")
+    table = Table(title=title, caption="GiB; the parts need not all stand at one moment, the peak is what does")
     table.add_column("method")
     for name in (*PARTS, "peak", "trained"):
         table.add_column(name, justify="right")
@@ -249,4 +254,4 @@ def draw(axes: Any, found: dict[str, Footprint], title: str, *, legend: bool = T
     axes.set(ylabel="GiB", title=title)
     axes.grid(visible=False, axis="x")
     if legend:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(fontsize=8, **LEGEND)

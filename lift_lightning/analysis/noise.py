@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lift_lightning.analysis.plots import canvas, lines
+from lift_lightning.analysis.plots import LEGEND, canvas, lines
 from lift_lightning.analysis.probes import Choice, choice_accuracy, probability
 from lift_lightning.analysis.report import Findings
 from lift_lightning.evaluation.perplexity import perplexity
@@ -116,6 +116,7 @@ def perturbation(
     *,
     target_modules: str | Sequence[str] = "all-linear",
     relative: bool = False,
+    before: bool = True,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[dict[str, Any]]:
     """The probes without noise, then for each selection, scale and seed.
@@ -129,6 +130,7 @@ def perturbation(
         seeds: of the noise.
         target_modules: of the selections.
         relative: as for `noisy`.
+        before: whether to ask without noise, too.
         progress: wraps the measurements.
 
     Returns:
@@ -136,7 +138,9 @@ def perturbation(
     """
     model.eval()
     weights = target_matrices(model, target_modules)
-    rows = [{"selection": "none", "scale": 0.0, "seed": 0, "entries": 0, **ask(model, tokenizer, probes)}]
+    rows: list[dict[str, Any]] = []
+    if before:
+        rows.append({"selection": "none", "scale": 0.0, "seed": 0, "entries": 0, **ask(model, tokenizer, probes)})
     cases = [(label, seed) for label in configs for seed in seeds]
     masks: Masks = {}
     previous: tuple[str, int] | None = None
@@ -178,7 +182,7 @@ def findings(rows: Sequence[Mapping[str, Any]], relative: bool) -> Findings:
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)
-    every[0].legend(frameon=False, fontsize=8)
+    every[0].legend(**LEGEND, fontsize=8)
     for label in selections:
         for scale in scales:
             cells = [_cell(_values(noisy_rows, label, scale, name)) for name in asked]

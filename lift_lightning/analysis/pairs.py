@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lift_lightning.analysis.matrices import Checkpoint, Place
-from lift_lightning.analysis.plots import canvas, over_depth, style
+from lift_lightning.analysis.plots import LEGEND, canvas, over_depth, style
 from lift_lightning.analysis.report import Findings, layer_table
 from lift_lightning.analysis.spectra import (
     alignment_score,
@@ -112,7 +112,7 @@ def histogram(base: Checkpoint, trained: Checkpoint, progress: Progress, device:
         axes.plot(centres[shown], found[shown] / total, label=layer, markersize=3, linewidth=1.2, **style(i))
     axes.set(xscale="log", yscale="log", xlabel="size of the update of an entry", ylabel="share of all entries")
     axes.set_title(f"Updates that are not zero, {_PER_DECADE} bins to a decade", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.legend(**LEGEND, fontsize=8, ncols=2)
     columns = {"changed": ".2%", "mean": ".2e", "largest": ".2e"}
     table = layer_table(means, columns, "Updates of single entries")
     table.caption = f"{table.caption}; mean of those that changed"

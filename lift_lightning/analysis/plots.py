@@ -7,12 +7,15 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lift_lightning.analysis.report import Row, by_layer
 
-# Okabe & Ito (2008), black last.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+# Okabe & Ito (2008), without the yellow, which is faint on white.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*<>"
+# See-through, so that what lies under it is not lost.
+LEGEND: dict[str, Any] = {"edgecolor": "none", "framealpha": 0.6}
 
 
 def canvas(columns: int = 1, rows: int = 1, *, width: float = 4.8, height: float = 3.6) -> tuple[Figure, list[Axes]]:
@@ -40,8 +43,9 @@ def over_depth(axes: Axes, rows: Sequence[Row], key: str, label: str, *, legend:
         means = {depth: sum(found) / len(found) for depth, found in sorted(values.items())}
         axes.plot(list(means), list(means.values()), label=layer, markersize=4, linewidth=1.2, **style(i))
     axes.set(xlabel="block", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if legend:
-        axes.legend(frameon=False, fontsize=8, ncols=2)
+        axes.legend(fontsize=8, ncols=2, **LEGEND)
 
 
 def heat_map(axes: Axes, values: Sequence[Sequence[float]], across: Sequence[str], down: Sequence[str]) -> None:

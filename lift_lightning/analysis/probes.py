@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def log_likelihoods(
         tokenizer: its own. Both parts are encoded together, and what of the whole is not in the prompt's own encoding
             is the continuation.
         texts: (prompt, continuation) pairs.
-        batch_size: sequences at a time; they are sorted by length.
+        batch_size: sequences at a time.
     """
     encoded = []
     for prompt, continuation in texts:
@@ -74,27 +75,32 @@ def log_likelihoods(
         )
         encoded.append((whole, shared))
     found = [0.0] * len(texts)
-    order = sorted(range(len(texts)), key=lambda i: len(encoded[i][0]))
+    # Prompts of one length together: of each batch only what follows the shortest is scored.
+    order = sorted(range(len(texts)), key=lambda i: (encoded[i][1], len(encoded[i][0])))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        longest = len(encoded[batch[-1]][0])
+        longest = max(len(encoded[i][0]) for i in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(batch):
             ids[row, : len(encoded[i][0])] = torch.tensor(encoded[i][0])
             mask[row, : len(encoded[i][0])] = 1
-        scores = _token_scores(model, ids, mask)
+        first = encoded[batch[0]][1]
+        scores = _token_scores(model, ids, mask, longest - first)
         for row, i in enumerate(batch):
             whole, shared = encoded[i]
-            found[i] = float(scores[row, shared - 1 : len(whole) - 1].sum())
+            found[i] = float(scores[row, shared - first : len(whole) - first].sum())
     return found
 
 
-def _token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """(B, T - 1) float64 log-probability of each token but the first, given those before it."""
+def _token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor, last: int) -> Tensor:
+    """(B, last) float64 log-probability of each of the last tokens, given those before it."""
     ids, mask = ids.to(model.device), mask.to(model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    # Most models can leave out the logits that nobody asks for.
+    can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"logits_to_keep": last + 1} if can_leave_out else {}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -last - 1 : -1].float()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -last:].flatten(), reduction="none")
     return -losses.double().view(len(ids), -1).cpu()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lift_lightning.analysis.masks import GlobalRanking, overlap, replaced, share_in_busiest
 from lift_lightning.analysis.matrices import Checkpoint, Place
-from lift_lightning.analysis.plots import canvas, heat_map, over_depth, style
+from lift_lightning.analysis.plots import LEGEND, canvas, heat_map, over_depth, style
 from lift_lightning.analysis.report import Findings, Row, layer_table
 from lift_lightning.analysis.spectra import effective_rank, energy_shares, share_held, singular_spectrum, stable_rank
 from lift_lightning.selection import select_indices
@@ -114,7 +114,7 @@ def spectra(model: Checkpoint, config: SelectionConfig, progress: Progress, devi
     first.axvline(config.approximation_rank, color="black", linestyle=":", linewidth=1)
     first.set(xscale="log", yscale="log", xlabel="singular value, by size", ylabel="share of the largest")
     first.set_title(f"block {deepest}; dotted: R", fontsize=10)
-    first.legend(frameon=False, fontsize=8)
+    first.legend(**LEGEND, fontsize=8)
     over_depth(second, rows, "held_by_mask", "share of the energy in the mask", legend=False)
     second.set_ylim(bottom=0)
     return Findings("spectra", rows, table, figure)
