@@ -2,8 +2,8 @@
 
     LIFT_SMOLLM2_DIR=... LIFT_DATA_DIR=... python -m benchmarks.studies.perturbation
 
-`python main.py analyze perturb` on SmolLM2-135M-Instruct, whose weights are those of a 4-bit file taken back to float32:
-normal noise of three absolute sizes on 5% of the entries of every matrix; LIFT's at three ranks, the smallest ones of
+What `python main.py analyze perturb` does, on SmolLM2-135M-Instruct, whose weights are those of a 4-bit file: normal
+noise of three absolute sizes on 5% of the entries of every matrix; LIFT's at three ranks, the smallest ones of
 the same approximation (which the released code takes), the largest in magnitude, random ones; three seeds each.
 Perplexity on the first 1,024 tokens of WikiText-2's test text, P(" Spain" | "Madrid is located in the country of"),
 accuracy on the first 50 questions of ARC-Easy by the likeliest option (a standard error of 7 points: only large effects
