@@ -118,6 +118,22 @@ def matrix_views(parameter: Tensor, halves: Halves | None = None) -> list[Tensor
     return [half for m in matrices for half in m.chunk(2, dim=axis)]
 
 
+def match_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-linear") -> list[Target]:
+    """The weight matrices that a pattern means, in the model's order; nothing is frozen.
+
+    Args:
+        model: any module.
+        target_modules: as for `build_param_groups`.
+
+    Raises:
+        ConfigError: if a pattern matches nothing, or is no valid expression.
+    """
+    targets = find_targets(model)
+    names = [target.name for target in targets]
+    matched = _match_all(_as_list(target_modules), names, names, "target_modules")
+    return [target for target in targets if target.name in matched]
+
+
 def build_param_groups(
     model: nn.Module,
     target_modules: str | Sequence[str] = "all-linear",

@@ -1,8 +1,8 @@
 """Study 4: learning and forgetting on the bundled model. `python -m benchmarks.studies.learning [--jobs 2]`.
 
 Every method of `learning_cases.METHODS` at the four rates of one grid, on validation questions and a seed of its own;
-then five fresh seeds at the best rate; then LIFT's settings, one changed at a time. 200 steps of 16 rows, budgets
-matched. What was run is not run again; `--only NAME` runs one case.
+then five fresh seeds at the best rate; then rates between those of the grid; then LIFT's settings, one changed at a
+time. 200 steps of 16 rows, budgets matched. What was run is not run again; `--only NAME` runs one case.
 
 What was expected, written before the first run: the source kept better by LIFT than by LoRA and full fine-tuning, and
 about as well by magnitude; the target learned by all within a few points, LIFT a little behind; the smallest entries
@@ -20,14 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 
 from benchmarks.studies.bundled import train
-from benchmarks.studies.learning_cases import (
-    METHODS,
-    Case,
-    chosen_rates,
-    main_cases,
-    tuning_cases,
-    variant_cases,
-)
+from benchmarks.studies.learning_cases import METHODS, Case, all_cases
 from benchmarks.studies.records import Run, Store
 
 STUDY = "learning"
@@ -44,10 +37,8 @@ def run_case(case: Case) -> tuple[Case, Run]:
 
 
 def pending(store: Store) -> list[Case]:
-    """What is to be run next, in order: rates first, since the rest needs them."""
-    rates = chosen_rates(store)
-    cases = tuning_cases() + main_cases(rates) + (variant_cases(rates["lift"]) if "lift" in rates else [])
-    return [case for case in cases if not store.has(case.name)]
+    """What is to be run next, in order."""
+    return [case for case in all_cases(store) if not store.has(case.name)]
 
 
 def run_all(store: Store, jobs: int) -> Iterator[tuple[Case, Run]]:
@@ -79,11 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.list:
         print("\n".join(case.name for case in pending(store)))
     elif given.only:
-        rates = chosen_rates(store)
-        known = tuning_cases() + main_cases(rates) + (variant_cases(rates["lift"]) if "lift" in rates else [])
-        case = next((case for case in known if case.name == given.only), None)
+        case = next((case for case in all_cases(store) if case.name == given.only), None)
         if case is None:
-            sys.exit(f"there is no run {given.only!r}: those still to be run are named by --list")
+            sys.exit(f"there is no run {given.only!r}: --list names those that are still to be run")
         _show(*run_case(case), started)
     else:
         for case, run in run_all(store, given.jobs):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lift_lightning.errors import ConfigError
 from lift_lightning.models import load_empty_model
-from lift_lightning.param_groups import Halves, build_param_groups, matrix_views
+from lift_lightning.param_groups import Halves, match_targets, matrix_views
 from lift_lightning.weight_files import WeightFiles, WeightLayoutError
 
 
@@ -44,14 +44,8 @@ class Checkpoint:
         self.label, self._files = label, files
         self._halves: dict[str, Halves | None] = {}
         self._parts: dict[Place, tuple[str, int]] = {}
-        parameters = {id(p): name for name, p in model.named_parameters()}
-        members = [
-            (parameters[id(parameter)], parameter, group["halves"])
-            for group in build_param_groups(model, target_modules)
-            for _, parameter in group["params"]
-        ]
-        order = {name: i for i, name in enumerate(parameters.values())}
-        for name, parameter, halves in sorted(members, key=lambda member: order[member[0]]):
+        for target in match_targets(model, target_modules):
+            name, parameter, halves = target.name, target.parameter, target.halves
             self._halves[name] = halves
             views = matrix_views(parameter, halves)
             for i, view in enumerate(views):

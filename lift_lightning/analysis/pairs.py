@@ -17,12 +17,11 @@ from lift_lightning.analysis.spectra import (
     numerical_rank,
     singular_spectrum,
     stable_rank,
+    top_directions,
 )
 
 Progress = Callable[[Iterable[Place]], Iterable[Place]]
 
-DIRECTIONS = 128  # of the top eigenspace (paper, App. H.1)
-SMALLEST_PART = 8  # at most this part of a shorter side, where 128 would be nearly all of it
 # Histogram of log10 |update|: from 1e-9 to 10 in tenths of a decade; what is exactly zero is counted apart.
 _LOWEST, _HIGHEST, _PER_DECADE = -9, 1, 10
 
@@ -33,11 +32,6 @@ def read_pairs(
     """Each matrix before and after, in float32, where the decomposition is to run."""
     for place in progress(base.places):
         yield place, base.read(place).to(device), trained.read(place).to(device)
-
-
-def top_directions(shape: tuple[int, int], directions: int | None) -> int:
-    """How many directions make the top eigenspace of a matrix: what was asked for, or the default."""
-    return min(DIRECTIONS, max(1, min(shape) // SMALLEST_PART)) if directions is None else directions
 
 
 def alignment(

@@ -12,6 +12,8 @@ from lift_lightning.lowrank import check_finite, low_rank_factors
 
 # App. G.3: "10 x the default tolerance" of torch.linalg.matrix_rank.
 RANK_TOLERANCE = 10.0
+# The top eigenspace has 128 directions (App. H.1), and at most an eighth of those that a small matrix has.
+DIRECTIONS, SMALLEST_PART = 128, 8
 
 
 def singular_spectrum(matrix: Tensor) -> Tensor:
@@ -55,6 +57,11 @@ def effective_rank(values: Tensor) -> float:
 def stable_rank(values: Tensor) -> float:
     """Squared Frobenius norm over squared spectral norm; 0 of a matrix of zeros."""
     return float(values.square().sum() / values[0].square()) if values[0] > 0 else 0.0
+
+
+def top_directions(shape: tuple[int, int], directions: int | None) -> int:
+    """How many directions make the top eigenspace of a matrix: what was asked for, or the default."""
+    return min(DIRECTIONS, max(1, min(shape) // SMALLEST_PART)) if directions is None else directions
 
 
 def leading_right_vectors(matrix: Tensor, k: int) -> Tensor:
