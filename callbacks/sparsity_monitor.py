@@ -94,7 +94,7 @@ class SparsityMonitor(pl.Callback):
             first = self._first.setdefault(name, indices)
             ever = self._ever.get(name)
             self._ever[name] = indices if ever is None else torch.cat([ever, indices]).unique()
-            shares = {"selection_ever": (len(self._ever[name]), entries[name])}
+            shares: dict[str, tuple[float, int]] = {"selection_ever": (len(self._ever[name]), entries[name])}
             if ever is not None and len(indices):
                 fresh = 1 - overlap(indices, self._last[name])
                 shares["selection_replaced"] = (fresh * len(indices), len(indices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def alignment(
     base: Checkpoint, trained: Checkpoint, progress: Progress, device: torch.device, directions: int | None
 ) -> Findings:
     """The alignment score of every matrix (App. H.1, Fig. 12)."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for place, before, after in read_pairs(base, trained, progress, device):
         k = top_directions(place.shape, directions)
         score = alignment_score(leading_right_vectors(before, k), leading_right_vectors(after, k))
@@ -52,7 +53,7 @@ def alignment(
 
 def update_rank(base: Checkpoint, trained: Checkpoint, progress: Progress, device: torch.device) -> Findings:
     """Rank, effective rank and stable rank of the update of every matrix (App. G.3, Fig. 13)."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for place, before, after in read_pairs(base, trained, progress, device):
         values = singular_spectrum(after - before)
         rows.append(
@@ -93,7 +94,7 @@ def histogram(base: Checkpoint, trained: Checkpoint, progress: Progress, device:
         mean = float(moved.double().mean()) if moved.numel() else 0.0
         share = moved.numel() / size.numel()
         means.append({"layer": place.layer, "changed": share, "mean": mean, "largest": float(size.max())})
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     figure, (axes,) = canvas(width=6.5)
     for i, (layer, found) in enumerate(counts.items()):
         total = int(found.sum()) + zeros[layer]
@@ -115,7 +116,7 @@ def histogram(base: Checkpoint, trained: Checkpoint, progress: Progress, device:
 
 def norms(base: Checkpoint, trained: Checkpoint, progress: Progress, device: torch.device) -> Findings:
     """The spectral norm of every matrix before and after (App. C)."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for place, before, after in read_pairs(base, trained, progress, device):
         one, other = (float(torch.linalg.matrix_norm(matrix, 2)) for matrix in (before, after))
         rows.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -80,9 +81,9 @@ def churn(
 def spectra(model: Checkpoint, config: SelectionConfig, progress: Progress, device: torch.device) -> Findings:
     """Singular values of every matrix, and what share of its energy R directions and a mask of K entries hold."""
     rows: list[Row] = []
-    curves: dict[str, tuple[int, list[float]]] = {}
-    middle = sorted({place.depth for place in model.places})
-    deepest = middle[len(middle) // 2]
+    curves: dict[str, list[float]] = {}
+    depths = sorted({place.depth for place in model.places})
+    middle = depths[len(depths) // 2]
     for place in progress(model.places):
         weight = model.read(place).to(device)
         values = singular_spectrum(weight)
@@ -102,18 +103,18 @@ def spectra(model: Checkpoint, config: SelectionConfig, progress: Progress, devi
                 "held_by_magnitude": share_held(weight, select_indices(weight, magnitude)),
             }
         )
-        if place.depth == deepest:
-            curves.setdefault(place.layer, (place.depth, (values / values[0]).tolist()))
+        if place.depth == middle:
+            curves.setdefault(place.layer, (values / values[0]).tolist())
     columns = {"effective_rank": ".1f", "stable_rank": ".1f", "energy_in_R": ".1%"}
     columns |= {"held_by_mask": ".1%", "held_by_magnitude": ".1%"}
     table = layer_table(rows, columns, f"Spectra, {label_of(config)}")
     table.caption = f"{table.caption}; energy: squared Frobenius norm, in the first R directions and in the K entries"
     figure, (first, second) = canvas(2)
-    for i, (layer, (_, values)) in enumerate(curves.items()):
-        first.plot(range(1, len(values) + 1), values, label=layer, linewidth=1.2, color=style(i)["color"])
+    for i, (layer, curve) in enumerate(curves.items()):
+        first.plot(range(1, len(curve) + 1), curve, label=layer, linewidth=1.2, color=style(i)["color"])
     first.axvline(config.approximation_rank, color="black", linestyle=":", linewidth=1)
     first.set(xscale="log", yscale="log", xlabel="singular value, by size", ylabel="share of the largest")
-    first.set_title(f"block {deepest}; dotted: R", fontsize=10)
+    first.set_title(f"block {middle}; dotted: R", fontsize=10)
     first.legend(**LEGEND, fontsize=8)
     over_depth(second, rows, "held_by_mask", "share of the energy in the mask", legend=False)
     second.set_ylim(bottom=0)
@@ -122,7 +123,8 @@ def spectra(model: Checkpoint, config: SelectionConfig, progress: Progress, devi
 
 def positions(model: Checkpoint, config: SelectionConfig, progress: Progress, device: torch.device) -> Findings:
     """Where the selected entries lie: in few rows or columns, and at which depth if all matrices compete."""
-    found, ranking = [], GlobalRanking(config)
+    ranking = GlobalRanking(config)
+    found: list[dict[str, Any]] = []
     for place in progress(model.places):
         weight = model.read(place).to(device)
         chosen = select_indices(weight, config)
