@@ -171,7 +171,7 @@ class SparseAdamW(Optimizer):
         Raises:
             RuntimeError: before the first `set_indices`.
         """
-        return self._state_of(parameter).indices
+        return self.state_of(parameter).indices
 
     @torch.no_grad()
     def set_indices(self, parameter: nn.Parameter, indices: Tensor) -> int:
@@ -205,7 +205,12 @@ class SparseAdamW(Optimizer):
         self._sparse[parameter] = SparseState.first(parameter, indices, self.state_dtype, master)
         return 0
 
-    def _state_of(self, parameter: nn.Parameter) -> SparseState:
+    def state_of(self, parameter: nn.Parameter) -> SparseState:
+        """Indices, moments, master and gradient of a sparse parameter; they are replaced at a refresh.
+
+        Raises:
+            RuntimeError: before the first `set_indices`.
+        """
         try:
             return self._sparse[parameter]
         except KeyError:
@@ -338,7 +343,7 @@ class SparseAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for _, parameter, _ in self.sparse_parameters():
-            self._state_of(parameter)
+            self.state_of(parameter)
         grads = self.gradients()
         self.attempted_steps += 1
         if not grads and self.split_over is None:

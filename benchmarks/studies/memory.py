@@ -82,6 +82,8 @@ def measure(method: Method, note: str) -> int:
         for parameter in model.parameters():
             parameter.add_(0)  # into memory of its own, from the mapped file
     (torch.randn(64, 64) @ torch.randn(64, 64)).sum()  # the libraries' threads and buffers
+    if method == "lora":
+        import peft.tuners.lora  # noqa: F401  # not a part of the step
 
     def run() -> None:
         targets = adapter_targets(model, "lora", "all-linear", ()) if method == "lora" else None

@@ -9,7 +9,7 @@ on top, and attention is counted as the CPU's kernel keeps it, which is as flash
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from lift_lightning.models import checkpoint_activations
 from lift_lightning.optimizer import SparseAdamW
 from lift_lightning.param_groups import build_param_groups, matrix_views
 from lift_lightning.selection_config import SelectionConfig
+from lift_lightning.sparse_state import SparseState
 
 Method = Literal["lift", "lift-mlp", "lora", "full"]
 LABELS: dict[str, str] = {"lift": "LIFT", "lift-mlp": "LIFT_MLP", "lora": "LoRA", "full": "full fine-tuning"}
@@ -86,7 +87,8 @@ class Footprint:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of the storages that come to life while it is on, until they are dropped.
+    """Counts the bytes of storages: of some that are there, and of those that come to life while it is on, until they
+    are dropped.
 
     Attributes:
         now: bytes that are there.
@@ -96,7 +98,9 @@ class LiveStorages(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._alive = {tensor.untyped_storage()._cdata for tensor in known}
+        self._alive: set[int] = set()
+        for tensor in known:
+            self._add(tensor.untyped_storage())
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
@@ -177,35 +181,47 @@ def footprint(config: PretrainedConfig, setting: Setting) -> Footprint:
         _to_fake_cpu(model)
         optimizer = set_up(model, setting, adapter, lambda _, count: torch.arange(count))
         token_ids = torch.zeros(setting.batch, setting.length, dtype=torch.long)
-        states = [optimizer._sparse[p] for _, p, _ in optimizer.sparse_parameters()]
-        kept = [t for s in states for t in (s.indices, s.exp_avg, s.exp_avg_sq, s.master) if isinstance(t, Tensor)]
-        kept += [t for p in optimizer.dense_parameters() for t in optimizer.state[p].values()]
-        weights = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        live = LiveStorages([*weights.values(), *kept, optimizer.skipped_steps])
-        forward: list[int] = []
+        states = [optimizer.state_of(p) for _, p, _ in optimizer.sparse_parameters()]
+        dense = optimizer.dense_parameters()
+        moments = [moment for s in states for moment in (s.exp_avg, s.exp_avg_sq) if isinstance(moment, Tensor)]
+        moments += [optimizer.state[p][key] for p in dense for key in ("exp_avg", "exp_avg_sq")]
+        parts = {
+            "weights": _bytes([*model.parameters(), *model.buffers()]),
+            "moments": _bytes(moments),
+            "indices": _bytes(s.indices for s in states),
+            "masters": _bytes(s.master for s in states if s.master is not None),
+            "gradients": 4 * sum(s.indices.numel() for s in states) + _bytes(dense),
+        }
+        live = LiveStorages(_tensors(model, optimizer, moments, states))
+        del moments  # a master is replaced by another at every step: nothing here may keep the first
+        before, forward = live.now, [0]
         with live:
             for _ in range(STEPS):
                 training_step(model, optimizer, token_ids, lambda: forward.append(live.now))
-    dense = optimizer.dense_parameters()
-    selected = [s.indices.numel() for s in states]
-    kept_bytes = sum(t.nbytes for t in kept)
-    moments = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes for s in states)
-    moments += sum(optimizer.state[p][key].nbytes for p in dense for key in ("exp_avg", "exp_avg_sq"))
-    parts = {
-        "weights": sum(t.nbytes for t in weights.values()),
-        "moments": moments,
-        "indices": sum(s.indices.nbytes for s in states),
-        "masters": sum(0 if s.master is None else s.master.nbytes for s in states),
-        "gradients": 4 * sum(selected) + sum(p.nbytes for p in dense),
-        "activations": forward[-1],
-    }
-    peak = parts["weights"] + kept_bytes + live.peak
+    parts["activations"] = forward[-1] - before
     return Footprint(
         **parts,
-        temporary=max(0, peak - sum(parts.values())),
-        peak=peak,
-        trained=sum(selected) + sum(p.numel() for p in dense),
+        temporary=max(0, live.peak - sum(parts.values())),
+        peak=live.peak,
+        trained=sum(s.indices.numel() for s in states) + sum(p.numel() for p in dense),
     )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def _tensors(
+    model: nn.Module, optimizer: SparseAdamW, moments: list[Tensor], states: list[SparseState]
+) -> Iterator[Tensor]:
+    """All that is there before a step."""
+    yield from (*model.parameters(), *model.buffers(), *moments, optimizer.skipped_steps)
+    for state in states:
+        yield state.indices
+        if state.master is not None:
+            yield state.master
+    for parameter in [*optimizer.dense_parameters(), *(p for _, p, _ in optimizer.sparse_parameters())]:
+        yield optimizer.state[parameter]["step"]
 
 
 def _to_fake_cpu(model: nn.Module) -> None:
