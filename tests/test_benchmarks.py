@@ -87,7 +87,7 @@ def check_row(row: dict[str, Any]) -> None:
 
 
 def test_make_bench_finds_them():
-    assert [f"bench_{name}" for name in ("masks", "memory", "refresh", "step", "topk", "training")] == SCRIPTS
+    assert [f"bench_{name}" for name in ("masks", "memory", "monitors", "refresh", "step", "topk", "training")] == SCRIPTS
     assert "$(wildcard benchmarks/bench_*.py)" in (BENCHMARKS.parent / "Makefile").read_text(encoding="utf-8")
 
 
