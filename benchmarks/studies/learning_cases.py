@@ -77,9 +77,9 @@ def tuning_cases(methods: Iterable[str] = METHODS, rates: Iterable[float] = RATE
     return [Case(method, lr, TUNING_SEED, tuning=True) for method in methods for lr in rates]
 
 
-def main_cases(rates: Mapping[str, float]) -> list[Case]:
+def main_cases(rates: Mapping[str, float], seeds: Iterable[int] = SEEDS) -> list[Case]:
     """Every method at its own rate, seed after seed."""
-    return [Case(method, rates[method], seed) for seed in SEEDS for method in METHODS if method in rates]
+    return [Case(method, rates[method], seed) for seed in seeds for method in METHODS if method in rates]
 
 
 def lift_variants() -> dict[str, list[tuple[str, dict[str, object]]]]:
@@ -123,7 +123,8 @@ def all_cases(store: Store) -> list[Case]:
     found = tuning_cases()
     rates = chosen_rates(store)
     if len(rates) == len(METHODS):
-        found += main_cases(rates) + tuning_cases(rates=RATES_BETWEEN) + variant_cases()
+        found += main_cases(rates, FEWER_SEEDS) + tuning_cases(rates=RATES_BETWEEN) + main_cases(rates)
+        found += variant_cases()
     return list({case.name: case for case in found}.values())
 
 

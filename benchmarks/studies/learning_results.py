@@ -32,7 +32,10 @@ from benchmarks.studies.summary import Interval, interval, markdown, written
 from lift_lightning.analysis.plots import LEGEND, canvas, style
 
 SKILLS = ("target", "source", "bridge")
+ALL_RATES = tuple(sorted((*RATES, *RATES_BETWEEN)))
+LEVEL = 0.85  # of the target's accuracy, at which the source is compared: most methods reach it, at some rate
 # What is drawn as a line of its own; the others are shown together.
+HEADLINE = ("full", "lora", "dora", "pissa", "lift", "magnitude", "random")
 SHOWN = ("full", "lora", "pissa", "lift", "lift-smallest", "magnitude", "random")
 
 
@@ -57,7 +60,7 @@ def percent(found: Interval) -> str:
 def rate_table(folder: Path = RUNS) -> str:
     """Validation accuracy on the target and accuracy on the source at every rate; the chosen one in bold."""
     store = Store(STUDY, folder)
-    rates, chosen = sorted((*RATES, *RATES_BETWEEN)), chosen_rates(store)
+    rates, chosen = ALL_RATES, chosen_rates(store)
     rows = []
     for method, (label, _, _) in METHODS.items():
         cells = []
@@ -78,7 +81,7 @@ def draw_frontier(folder: Path = RUNS) -> Figure:
     groups = (SHOWN, tuple(method for method in METHODS if method not in SHOWN or method == "lift"))
     for axes, methods in zip(every, groups, strict=True):
         for i, method in enumerate(methods):
-            runs = runs_of(store, tuning_cases([method], sorted((*RATES, *RATES_BETWEEN))))
+            runs = runs_of(store, tuning_cases([method], ALL_RATES))
             _path(axes, runs, METHODS[method][0], i)
         _skill_axes(axes)
         axes.legend(fontsize=8, loc="lower left", **LEGEND)
@@ -107,21 +110,52 @@ def main_runs(folder: Path = RUNS) -> dict[str, list[Run]]:
     return {method: runs for method, runs in found.items() if runs}
 
 
-def main_table(folder: Path = RUNS) -> str:
-    """Accuracies with intervals, trained numbers and state."""
-    rows = []
-    for method, runs in main_runs(folder).items():
+def source_at(runs: Sequence[Run], level: float = LEVEL) -> float | None:
+    """Source accuracy where the target reaches a level first, with rising rate; between two runs in a straight line.
+
+    Args:
+        runs: of one method and seed, by rising rate.
+        level: of the target.
+
+    Returns:
+        None if no run reaches it.
+    """
+    before: Run | None = None
+    for run in runs:
+        source, target = run["accuracy"]["source"], run["accuracy"]["target"]
+        if target >= level:
+            if before is None:
+                return source
+            part = (level - before["accuracy"]["target"]) / (target - before["accuracy"]["target"])
+            return before["accuracy"]["source"] + part * (source - before["accuracy"]["source"])
+        before = run
+    return None
+
+
+def main_table(folder: Path = RUNS, methods: Iterable[str] = METHODS) -> str:
+    """Accuracies with intervals at the best rate, the source at a level of the target, trained numbers and state."""
+    store, rows, found = Store(STUDY, folder), [], main_runs(folder)
+    for method in (method for method in methods if method in found):
+        runs = found[method]
+        kept = source_at(runs_of(store, tuning_cases([method], ALL_RATES)))
         rows.append(
             [
                 METHODS[method][0],
                 f"{runs[0]['lr']:g}",
                 str(len(runs)),
                 *(percent(accuracy(runs, skill)) for skill in SKILLS),
+                "not reached" if kept is None else f"{100 * kept:.0f}%",
                 f"{runs[0]['trained']:,}",
                 f"{runs[0]['state_bytes'] / 2**20:.2f}",
             ]
         )
-    return markdown(["", "rate", "seeds", *SKILLS, "numbers trained", "state, MiB"], rows)
+    heads = ["", "best rate", "seeds", *SKILLS, f"source at {LEVEL:.0%} target", "numbers trained", "state, MiB"]
+    return markdown(heads, rows)
+
+
+def headline_table(folder: Path = RUNS) -> str:
+    """The same of the methods that are asked for most."""
+    return main_table(folder, HEADLINE)
 
 
 def draw_main(folder: Path = RUNS) -> Figure:
@@ -313,7 +347,7 @@ def draw_updates(folder: Path = RUNS) -> Figure:
     first.invert_yaxis()
     first.set(xlabel="rank of the update (filled) and effective rank (open), % of full", xlim=(-3, 103))
     for i, method in enumerate(SHOWN):
-        runs = runs_of(store, tuning_cases([method], sorted((*RATES, *RATES_BETWEEN))))
+        runs = runs_of(store, tuning_cases([method], ALL_RATES))
         points = [update_figures(run) for run in runs]
         second.plot(
             [100 * one["norm"] for one in points],

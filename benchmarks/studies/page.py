@@ -29,6 +29,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "perturbation": small_results.noise_table,
     "rates": learning_results.rate_table,
     "learning": learning_results.main_table,
+    "headline": learning_results.headline_table,
     "variants": learning_results.variant_table,
     "updates": learning_results.update_table,
     "memory": memory_results.large_table,
