@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
-from lift_lightning.analysis.matrices import Place, place_of
+from lift_lightning.analysis.matrices import places_of
 from lift_lightning.analysis.spectra import alignment_score, leading_right_vectors, top_directions
 from lift_lightning.errors import ConfigError
-from lift_lightning.param_groups import Target, match_targets, matrix_views
+from lift_lightning.param_groups import Target, match_targets
 from lift_lightning.sharding import owned
 
 
@@ -27,7 +28,8 @@ class EigenspaceMonitor(pl.Callback):
     matrices in `target_modules`, or look less often, where that is too much.
 
     Args:
-        interval: optimizer steps between looks. The first is at the first step, which all are compared with.
+        interval: optimizer steps between looks. The first is before the first step, which all are compared with, and
+            the last is at the end of the fit.
         directions: right singular vectors that make the top eigenspace; 128, and at most an eighth of the shorter side,
             if null.
         target_modules: which matrices, as in training.
@@ -74,7 +76,8 @@ class EigenspaceMonitor(pl.Callback):
                 "EigenspaceMonitor looks at the weight matrices, which stay as they are under an adapter: leave the "
                 "callback out, and compare the exported model with its base by `analyze alignment`"
             )
-        model = getattr(pl_module, "model", None) or pl_module
+        own = getattr(pl_module, "model", None)
+        model = own if isinstance(own, nn.Module) else pl_module
         self._targets = match_targets(model, self.target_modules)
         if any(owned(target.parameter).group is not None for target in self._targets):
             raise MisconfigurationException(
@@ -90,6 +93,10 @@ class EigenspaceMonitor(pl.Callback):
         if trainer.global_step % self.interval == 0:
             self._look(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look once more, at what came out."""
+        self._look(trainer)
+
     def _look(self, trainer: pl.Trainer) -> None:
         # Several micro-batches may belong to one step.
         if not trainer.is_global_zero or trainer.global_step == self._looked:
@@ -97,22 +104,19 @@ class EigenspaceMonitor(pl.Callback):
         self._looked = trainer.global_step
         started = time.perf_counter()
         scores: dict[str, list[float]] = {}
-        for place, matrix in self._matrices():
+        for target, i, place in places_of(self._targets):
+            matrix = target.matrices()[i]
             after = leading_right_vectors(matrix, top_directions(place.shape, self.directions)).float().cpu()
             before = self._before.setdefault(place.name, after)
             for layer in (place.layer, "all"):
                 scores.setdefault(f"alignment/{layer}", []).append(alignment_score(before, after))
-        metrics = {name: sum(values) / len(values) for name, values in scores.items()}
+        # Where a matrix has too few directions for a top eigenspace there is no score.
+        defined = {name: [value for value in values if not math.isnan(value)] for name, values in scores.items()}
+        metrics = {name: sum(values) / len(values) for name, values in defined.items() if values}
         self.history.append((trainer.global_step, metrics))
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self.seconds += time.perf_counter() - started
-
-    def _matrices(self) -> Iterator[tuple[Place, Tensor]]:
-        for target in self._targets:
-            views = matrix_views(target.parameter, target.halves)
-            for i, view in enumerate(views):
-                yield place_of(target.name, (view.shape[0], view.shape[1]), i if len(views) > 1 else None), view
 
     def state_dict(self) -> dict[str, Any]:
         """The eigenspaces of the beginning, by matrix, and the step that was looked at last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lift_lightning.analysis.masks import overlap
-from lift_lightning.analysis.matrices import place_of
+from lift_lightning.analysis.matrices import layer_types
 from lift_lightning.optimizer import SparseAdamW
 
 
@@ -41,7 +42,8 @@ class SparsityMonitor(pl.Callback):
     def _forget(self) -> None:
         self.history: list[tuple[int, dict[str, float]]] = []
         self.seconds = 0.0
-        self._seen: dict[str, Tensor] = {}  # the selections that were looked at, as the optimizer has them
+        self._looked = 0
+        self._seen: dict[str, weakref.ref[Tensor]] = {}  # the selections that were looked at, on the optimizer's device
         self._last: dict[str, Tensor] = {}
         self._first: dict[str, Tensor] = {}
         self._ever: dict[str, Tensor] = {}
@@ -72,11 +74,14 @@ class SparsityMonitor(pl.Callback):
         optimizer = _sparse_optimizer(trainer)
         if not trainer.is_global_zero or optimizer is None or not optimizer.has_selection():
             return
+        if trainer.global_step == self._looked:
+            return  # a micro-batch in the middle of a step
+        self._looked = trainer.global_step
         current = {name: optimizer.indices(p) for name, p, _ in optimizer.sparse_parameters()}
-        if current.keys() == self._seen.keys() and all(current[name] is self._seen[name] for name in current):
+        if current.keys() == self._seen.keys() and all(current[name] is self._seen[name]() for name in current):
             return
         started = time.perf_counter()
-        known, self._seen = bool(self._seen), current
+        known, self._seen = bool(self._seen), {name: weakref.ref(indices) for name, indices in current.items()}
         entries = {name: p.numel() for name, p, _ in optimizer.sparse_parameters()}
         chosen = {name: indices.cpu() for name, indices in current.items()}
         unchanged = all(name in self._last and torch.equal(chosen[name], self._last[name]) for name in chosen)
@@ -90,6 +95,7 @@ class SparsityMonitor(pl.Callback):
 
     def _metrics(self, chosen: dict[str, Tensor], entries: dict[str, int]) -> dict[str, float]:
         sums: dict[str, dict[str, list[float]]] = {}
+        layers = layer_types(list(chosen))
         for name, indices in chosen.items():
             first = self._first.setdefault(name, indices)
             ever = self._ever.get(name)
@@ -101,11 +107,11 @@ class SparsityMonitor(pl.Callback):
                 shares["selection_since_first"] = ((1 - overlap(indices, first)) * len(indices), len(indices))
             self._last[name] = indices
             for metric, (part, whole) in shares.items():
-                for layer in (place_of(name, (0, 0)).layer, "all"):
+                for layer in (layers[name], "all"):
                     total = sums.setdefault(metric, {}).setdefault(layer, [0.0, 0.0])
                     total[0] += part
                     total[1] += whole
-        return {f"{metric}/{layer}": p / w for metric, layers in sums.items() for layer, (p, w) in layers.items()}
+        return {f"{metric}/{layer}": p / w for metric, found in sums.items() for layer, (p, w) in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The first and the last selection, and what was ever selected, by parameter."""

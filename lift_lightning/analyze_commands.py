@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoConfig
 
 from lift_lightning.analysis.matrices import open_checkpoint, open_together
 from lift_lightning.analysis.report import check_output, write
 from lift_lightning.datamodules.sources import read_rows, read_text
 from lift_lightning.errors import ConfigError
 from lift_lightning.inference import load_for_inference
+from lift_lightning.models import load_config
 from lift_lightning.selection_config import DEFAULT_RANK, Directions, Keep, SelectionConfig
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ def overlap(
         ConfigError: if a value is out of its range.
         ModelUnavailableError: if the model cannot be reached.
     """
-    if not lra_ranks:
-        raise ConfigError("lra_ranks is empty: name at least one rank")
+    if not lra_ranks or len(set(lra_ranks)) < len(lra_ranks):
+        raise ConfigError(f"lra_ranks must be one rank or more, each once, got {lra_ranks}")
     configs = [SelectionConfig(density=density, lra_rank=r) for r in lra_ranks]
     configs.append(SelectionConfig(density=density, criterion="magnitude"))
     configs.append(SelectionConfig(density=density, lra_rank=lra_ranks[0], keep="smallest"))
@@ -344,7 +344,7 @@ def perturb(
         questions: of that file, from its beginning.
         max_tokens: of the text.
         scales: standard deviations of the noise.
-        relative: scales in units of each matrix's own standard deviation; absolute, as in the paper, if off.
+        relative: scales in units of each parameter's own standard deviation; absolute, as in the paper, if off.
         seeds: how many draws of the noise.
         lra_ranks: ranks of LIFT's approximation.
         directions: singular directions that the approximation at the first rank keeps (App. B.2).
@@ -368,6 +368,8 @@ def perturb(
     from lift_lightning.analysis.noise import Probes, findings, perturbation
     from lift_lightning.analysis.probes import read_choice
 
+    if prompt and not answer:
+        raise ConfigError("answer is empty: say what should follow the prompt, or leave the prompt empty too")
     if text is None and choices is None and not prompt:
         raise ConfigError("there is nothing to measure: set text, prompt or choices")
     if not scales or min(scales) <= 0 or seeds < 1 or not lra_ranks or not directions:
@@ -432,7 +434,7 @@ def memory(
     A step is taken on tensors without values, and what is alive is counted; no weights are read.
 
     Args:
-        model: folder or hub id with a config.json, or that file.
+        model: folder or hub id with a config.json.
         output: the folder to write memory.csv and memory.png to.
         methods: any of `lift`, `lift-mlp`, `lora`, `full`.
         rank: budget rank of LIFT, rank of LoRA.
@@ -447,7 +449,8 @@ def memory(
 
     Raises:
         FileExistsError: if the folder may not be written.
-        ConfigError: if a value is out of its range, or there is no such configuration.
+        ConfigError: if a value is out of its range, or a method does not serve the model.
+        ModelUnavailableError: if there is no such configuration.
     """
     folder = check_output(output, overwrite=overwrite)
     _require_matplotlib()
@@ -461,14 +464,13 @@ def memory(
         raise ConfigError(f"methods must be some of {', '.join(LABELS)}, got {methods}")
     if min(rank, batch, length) < 1:
         raise ConfigError(f"rank, batch and length must be at least 1, got {rank}, {batch} and {length}")
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{model!r} has no configuration that transformers reads: {error}") from error
-    found = {}
+    config, found = load_config(model), {}
     for name in track(methods, "Taking a step without values", console=Console(stderr=True)):
         setting = Setting(name, rank, batch, length, kind, gradient_checkpointing)  # type: ignore[arg-type]
-        found[LABELS[name]] = footprint(config, setting)
+        try:
+            found[LABELS[name]] = footprint(config, setting)
+        except ConfigError as error:
+            raise ConfigError(f"{name} does not serve this model, leave it out of methods: {error}") from error
     title = f"{model}: {batch} x {length} tokens, rank {rank}, {dtype}"
     return _show(findings(found, title), folder)
 
@@ -528,7 +530,10 @@ def _matrices(places: Iterable[Any]) -> Iterable[Any]:
 
 
 def _device(name: str | None) -> torch.device:
-    return torch.device(name) if name else torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.device(name) if name else torch.accelerator.current_accelerator() or torch.device("cpu")
+    except RuntimeError as error:
+        raise ConfigError(f"device must be such as cpu or cuda:0, got {name!r}") from error
 
 
 def _require_matplotlib() -> None:

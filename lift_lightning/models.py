@@ -35,6 +35,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -167,6 +168,19 @@ def load_empty_model(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.train()
     return model, files
+
+
+def load_config(name_or_path: str | os.PathLike[str]) -> PretrainedConfig:
+    """The configuration of a causal language model, without its weights.
+
+    Args:
+        name_or_path: a folder with a config.json, or a hub id.
+
+    Raises:
+        ModelUnavailableError: if there is none, it cannot be reached, or it is of another kind of model.
+    """
+    config: PretrainedConfig = _find_model(os.fspath(name_or_path), "causal_lm", None, {})[2]
+    return config
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

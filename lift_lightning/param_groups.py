@@ -58,11 +58,18 @@ class Target:
         name: cleaned name of the parameter.
         parameter: (M, N), or (E, M, N) for fused experts; a vector of this rank's entries under FSDP1.
         halves: how two matrices share it, None where it is one matrix (per expert).
+        transposed: whether its matrices are (inputs, outputs), as those of `Conv1D` are; else (outputs, inputs).
     """
 
     name: str
     parameter: nn.Parameter
     halves: Halves | None
+    transposed: bool = False
+
+    def matrices(self, tensor: Tensor | None = None) -> list[Tensor]:
+        """Views of its matrices as (outputs, inputs), or of those of another tensor of its shape."""
+        views = matrix_views(self.parameter if tensor is None else tensor, self.halves)
+        return [view.T for view in views] if self.transposed else views
 
 
 def clean_name(name: str) -> str:
@@ -75,31 +82,37 @@ def find_targets(model: nn.Module) -> list[Target]:
     note_flattened(model)
     found: dict[int, Target] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
-        for name, parameter, halves in _matrices_of(module_name, module):
+        for name, parameter, halves, transposed in _matrices_of(module_name, module):
             full = clean_name(f"{module_name}.{name}" if module_name else name)
-            found.setdefault(id(parameter), Target(full, parameter, halves))
+            found.setdefault(id(parameter), Target(full, parameter, halves, transposed))
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return [target for key, target in found.items() if key not in embeddings]
 
 
-def _matrices_of(module_name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Halves | None]]:
+def _matrices_of(module_name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Halves | None, bool]]:
     if isinstance(module, nn.Linear | Conv1D):
         # A quantised layer keeps its weight packed in integers: there is nothing to train in it.
         weight = module.weight
         if isinstance(weight, nn.Parameter) and weight.is_floating_point() and len(owned(weight).shape) == 2:
-            yield "weight", weight, "rows" if module_name.endswith("gate_up_proj") else None
+            yield "weight", weight, "rows" if module_name.endswith("gate_up_proj") else None, isinstance(module, Conv1D)
     elif "Experts" in type(module).__name__ or hasattr(module, "num_experts"):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and len(owned(parameter).shape) == 3:
-                yield name, parameter, _expert_halves(module, name, parameter)
+                transposed = _is_transposed(module, name, parameter)
+                yield name, parameter, _expert_halves(module, name, transposed), transposed
 
 
-def _expert_halves(module: nn.Module, name: str, parameter: nn.Parameter) -> Halves | None:
-    """transformers 5 stores gate and up as (E, 2I, H), or transposed as (E, H, 2I), concatenated or interleaved."""
+def _is_transposed(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """transformers 5 stores gate and up as (E, 2I, H), or transposed as (E, H, 2I); down the other way about."""
+    hidden = getattr(module, "hidden_size", None) or getattr(module, "hidden_dim", None)
+    axis = 1 if name.startswith("down") else 2
+    return bool(getattr(module, "is_transposed", hidden is not None and owned(parameter).shape[axis] != hidden))
+
+
+def _expert_halves(module: nn.Module, name: str, transposed: bool) -> Halves | None:
+    """Gate and up are concatenated or interleaved."""
     if "gate_up" not in name or not getattr(module, "has_gate", True):
         return None
-    hidden = getattr(module, "hidden_size", None) or getattr(module, "hidden_dim", None)
-    transposed = getattr(module, "is_transposed", hidden is not None and owned(parameter).shape[2] != hidden)
     axis: Literal["rows", "columns"] = "columns" if transposed else "rows"
     if getattr(module, "is_concatenated", True):
         return axis

@@ -87,7 +87,8 @@ def check_row(row: dict[str, Any]) -> None:
 
 
 def test_make_bench_finds_them():
-    assert [f"bench_{name}" for name in ("masks", "memory", "monitors", "refresh", "step", "topk", "training")] == SCRIPTS
+    names = ("masks", "memory", "monitors", "refresh", "step", "topk", "training")
+    assert [f"bench_{name}" for name in names] == SCRIPTS
     assert "$(wildcard benchmarks/bench_*.py)" in (BENCHMARKS.parent / "Makefile").read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
 """What a model knows and what training did to it: spectra, updates, selections, noise, memory.
 
-Pure functions on tensors in `spectra`, `updates`, ...; `commands` is what `python main.py analyze NAME` runs.
+Pure functions on tensors in `spectra`, `updates`, `masks`; `lift_lightning.analyze_commands` has the commands.
 """

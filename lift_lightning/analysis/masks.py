@@ -67,10 +67,14 @@ class GlobalRanking:
 
     def shares(self, density: float) -> list[float]:
         """Of each matrix, in order: the share of its entries above the threshold that lets `density` of all pass."""
-        above = torch.stack(self._counts).flip(1).cumsum(1)
-        enough = above.sum(0) >= density * above[:, -1].sum()
-        place = int(enough.to(torch.uint8).argmax())
-        return [float(row[place] / row[-1]) for row in above]
+        above = torch.stack(self._counts).flip(1).cumsum(1).double()
+        wanted = density * above[:, -1].sum()
+        place = int((above.sum(0) >= wanted).to(torch.uint8).argmax())
+        before = above[:, place - 1] if place else torch.zeros(len(above), dtype=above.dtype)
+        # Of the bin that holds the threshold every matrix has the same part.
+        part = (wanted - before.sum()) / (above[:, place] - before).sum()
+        chosen = before + part * (above[:, place] - before)
+        return [float(share) for share in chosen / above[:, -1]]
 
 
 def replaced(selections: Iterable[Tensor]) -> list[float]:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lift_lightning.errors import ConfigError
 from lift_lightning.models import load_empty_model
-from lift_lightning.param_groups import Halves, match_targets, matrix_views
+from lift_lightning.param_groups import Target, match_targets
 from lift_lightning.weight_files import WeightFiles, WeightLayoutError
 
 
@@ -21,9 +22,9 @@ class Place:
 
     Attributes:
         name: of its parameter; with the number of the matrix in brackets where several share one (experts, halves).
-        layer: its type, such as `q_proj`.
+        layer: its type, such as `q_proj`; with what it is a part of, as in `attn.c_proj`, where others have that name.
         depth: number of its block, counted from 0; -1 outside of blocks.
-        shape: (M, N).
+        shape: (M, N), outputs and inputs, whichever way the model keeps it.
     """
 
     name: str
@@ -42,29 +43,46 @@ class Checkpoint:
 
     def __init__(self, label: str, files: WeightFiles, model: nn.Module, target_modules: str | Sequence[str]) -> None:
         self.label, self._files = label, files
-        self._halves: dict[str, Halves | None] = {}
-        self._parts: dict[Place, tuple[str, int]] = {}
-        for target in match_targets(model, target_modules):
-            name, parameter, halves = target.name, target.parameter, target.halves
-            self._halves[name] = halves
-            views = matrix_views(parameter, halves)
-            for i, view in enumerate(views):
-                place = place_of(name, (view.shape[0], view.shape[1]), i if len(views) > 1 else None)
-                self._parts[place] = (name, i)
+        targets = match_targets(model, target_modules)
+        self._parts = {place: (target, i) for target, i, place in places_of(targets)}
         self.places = list(self._parts)
 
     def read(self, place: Place) -> Tensor:
-        """(M, N) float32, on the CPU. One parameter is in memory in its own dtype meanwhile."""
-        name, i = self._parts[place]
-        return matrix_views(self._files.read(name), self._halves[name])[i].float()
+        """(M, N) float32, on the CPU. One parameter is in memory in its own dtype meanwhile.
+
+        Raises:
+            ConfigError: if it holds NaN or infinity.
+        """
+        target, i = self._parts[place]
+        matrix = target.matrices(self._files.read(target.name))[i].float()
+        if not matrix.isfinite().all():
+            raise ConfigError(f"{place.name} of {self.label!r} holds NaN or infinity: the run that wrote it diverged")
+        return matrix
+
+    def dtype(self, place: Place) -> torch.dtype:
+        """In which the file keeps it."""
+        return self._files.read(self._parts[place][0].name).dtype
 
 
-def place_of(name: str, shape: tuple[int, int], part: int | None = None) -> Place:
-    """The type of the layer and its depth, from the name of the parameter."""
-    numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
-    *_, layer, last = ("", *name.split("."))
-    layer = layer if last == "weight" else last
-    return Place(name if part is None else f"{name}[{part}]", layer, int(numbers[0]) if numbers else -1, shape)
+def places_of(targets: Sequence[Target]) -> Iterator[tuple[Target, int, Place]]:
+    """Every matrix of the targets: its target, its number in that, and where it is."""
+    layers = layer_types([target.name for target in targets])
+    for target in targets:
+        views = target.matrices()
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", target.name)
+        for i, view in enumerate(views):
+            name = target.name if len(views) == 1 else f"{target.name}[{i}]"
+            layer = layers[target.name] if target.halves is None else f"{layers[target.name]} ({('gate', 'up')[i % 2]})"
+            yield target, i, Place(name, layer, int(numbers[0]) if numbers else -1, (view.shape[0], view.shape[1]))
+
+
+def layer_types(names: Sequence[str]) -> dict[str, str]:
+    """`q_proj` for `model.layers.0.self_attn.q_proj.weight`; `attn.c_proj` where there is another kind of `c_proj`."""
+    kinds: dict[str, set[str]] = {}
+    parts = {name: name.removesuffix(".weight").split(".") for name in names}
+    for own in parts.values():
+        kinds.setdefault(own[-1], set()).add(".".join("*" if part.isdigit() else part for part in own))
+    return {name: own[-1] if len(kinds[own[-1]]) == 1 else ".".join(own[-2:]) for name, own in parts.items()}
 
 
 @contextmanager

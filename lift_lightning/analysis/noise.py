@@ -16,8 +16,8 @@ from lift_lightning.analysis.plots import LEGEND, canvas, lines
 from lift_lightning.analysis.probes import Choice, choice_accuracy, probability
 from lift_lightning.analysis.report import Findings
 from lift_lightning.evaluation.perplexity import perplexity
-from lift_lightning.param_groups import build_param_groups
-from lift_lightning.selection import select_indices
+from lift_lightning.param_groups import Target, match_targets, matrix_views
+from lift_lightning.selection import select_matrices
 from lift_lightning.selection_config import SelectionConfig
 
 Masks = dict[str, Tensor]
@@ -60,21 +60,13 @@ def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Prob
     return found
 
 
-def target_matrices(model: PreTrainedModel, target_modules: str | Sequence[str] = "all-linear") -> dict[str, Tensor]:
-    """The parameters to select from, by name; those of experts are (E, M, N)."""
-    return {name: p.detach() for group in build_param_groups(model, target_modules) for name, p in group["params"]}
-
-
-def masks_of(
-    weights: Mapping[str, Tensor],
-    config: SelectionConfig,
-    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> Masks:
-    """(K,) flat indices into each parameter; a random choice is another one in each."""
+def masks_of(targets: Sequence[Target], config: SelectionConfig) -> Masks:
+    """(K,) flat indices into each parameter, as training selects them; a random choice is another one in each."""
     found = {}
-    for i, name in enumerate(progress(list(weights))):
+    for i, target in enumerate(targets):
         seeded = config if config.criterion != "random" else replace(config, seed=10_000 * config.seed + i)
-        found[name] = select_indices(weights[name], seeded)
+        parameter = target.parameter.detach()
+        found[target.name] = select_matrices(parameter, matrix_views(parameter, target.halves), seeded).indices
     return found
 
 
@@ -92,18 +84,18 @@ def noisy(weights: Mapping[str, Tensor], masks: Masks, scale: float, seed: int, 
         relative: whether the scale is in units of each parameter's own standard deviation, or absolute as in the paper.
     """
     generator = torch.Generator().manual_seed(seed)
-    before = {}
-    for name, weight in weights.items():
-        flat, chosen = weight.view(-1), masks[name]
-        before[name] = flat[chosen]
-        noise = torch.randn(chosen.numel(), generator=generator).to(weight.device)
-        size = scale * float(weight.float().std()) if relative else scale
-        flat[chosen] = (before[name].float() + size * noise).to(weight.dtype)
+    before: dict[str, Tensor] = {}
     try:
+        for name, weight in weights.items():
+            flat, chosen = weight.view(-1), masks[name]
+            before[name] = flat[chosen]
+            noise = torch.randn(chosen.numel(), generator=generator).to(weight.device)
+            size = scale * float(weight.float().std()) if relative else scale
+            flat[chosen] = (before[name].float() + size * noise).to(weight.dtype)
         yield
     finally:
-        for name, weight in weights.items():
-            weight.view(-1)[masks[name]] = before[name]
+        for name, values in before.items():
+            weights[name].view(-1)[masks[name]] = values
 
 
 def perturbation(
@@ -137,7 +129,8 @@ def perturbation(
         Rows of selection, scale, seed and what the probes found.
     """
     model.eval()
-    weights = target_matrices(model, target_modules)
+    targets = match_targets(model, target_modules)
+    weights = {target.name: target.parameter.detach() for target in targets}
     rows: list[dict[str, Any]] = []
     if before:
         rows.append({"selection": "none", "scale": 0.0, "seed": 0, "entries": 0, **ask(model, tokenizer, probes)})
@@ -148,7 +141,7 @@ def perturbation(
         config = configs[label]
         of = (label, seed if config.criterion == "random" else 0)
         if of != previous:
-            masks, previous = masks_of(weights, replace(config, seed=of[1])), of
+            masks, previous = masks_of(targets, replace(config, seed=of[1])), of
         entries = sum(chosen.numel() for chosen in masks.values())
         for scale in scales:
             with noisy(weights, masks, scale, seed, relative=relative):
@@ -177,7 +170,9 @@ def findings(rows: Sequence[Mapping[str, Any]], relative: bool) -> Findings:
             for label in selections
         }
         lines(axes, series)
-        axes.set(xlabel=unit, ylabel=LABELS[name], xscale="symlog" if max(scales) > 10 * min(scales) else "linear")
+        axes.set(xlabel=unit, ylabel=LABELS[name], xlim=(0, None))
+        if max(scales) > 10 * min(scales):
+            axes.set_xscale("symlog", linthresh=min(scales))
         if name == "perplexity":
             axes.set_yscale("log")
         else:

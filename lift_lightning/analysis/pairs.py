@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -33,6 +34,18 @@ def read_pairs(
     """Each matrix before and after, in float32, where the decomposition is to run."""
     for place in progress(base.places):
         yield place, base.read(place).to(device), trained.read(place).to(device)
+
+
+def rounding_note(base: Checkpoint, trained: Checkpoint) -> str:
+    """What a table of updates has to say where the files are narrower than float32; empty where they are not."""
+    place = base.places[0]
+    before, after = (str(one.dtype(place)).removeprefix("torch.") for one in (base, trained))
+    if before == after == "float32":
+        return ""
+    return (
+        f"; stored in {before} and {after}: the rounding of the files is part of the update, which raises its rank; "
+        "merge adapters and export in float32 to see what training did"
+    )
 
 
 def alignment(
@@ -69,6 +82,7 @@ def update_rank(base: Checkpoint, trained: Checkpoint, progress: Progress, devic
         )
     columns = {"full_rank": ".0f", "rank": ".0f", "effective_rank": ".1f", "stable_rank": ".1f"}
     table = layer_table(rows, columns, "Rank of the update")
+    table.caption = f"{table.caption}{rounding_note(base, trained)}"
     figure, (first, second) = canvas(2)
     shares = [{**row, "share": row["rank"] / row["full_rank"]} for row in rows]
     over_depth(first, shares, "share", "rank / full rank")
@@ -105,12 +119,16 @@ def histogram(base: Checkpoint, trained: Checkpoint, progress: Progress, device:
         centres = 10 ** ((edges[:-1] + edges[1:]) / 2)
         shown = found > 0
         axes.plot(centres[shown], found[shown] / total, label=layer, markersize=3, linewidth=1.2, **style(i))
-    axes.set(xscale="log", yscale="log", xlabel="size of the update of an entry", ylabel="share of all entries")
+    axes.set(xlabel="size of the update of an entry", ylabel="share of all entries")
+    if any(found.any() for found in counts.values()):
+        axes.set(xscale="log", yscale="log")
+    else:
+        axes.text(0.5, 0.5, "no entry changed", transform=axes.transAxes, ha="center")
     axes.set_title(f"Updates that are not zero, {_PER_DECADE} bins to a decade", fontsize=10)
     axes.legend(**LEGEND, fontsize=8, ncols=2)
     columns = {"changed": ".2%", "mean": ".2e", "largest": ".2e"}
     table = layer_table(means, columns, "Updates of single entries")
-    table.caption = f"{table.caption}; mean of those that changed"
+    table.caption = f"{table.caption}; mean of those that changed{rounding_note(base, trained)}"
     return Findings("histogram", rows, table, figure)
 
 
@@ -126,7 +144,7 @@ def norms(base: Checkpoint, trained: Checkpoint, progress: Progress, device: tor
                 "depth": place.depth,
                 "before": one,
                 "after": other,
-                "change": other / one - 1 if one else float("nan"),
+                "change": other / one - 1 if one else math.nan,
                 "update": float(torch.linalg.matrix_norm(after - before, 2)),
             }
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,9 @@ def by_layer(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def layer_table(rows: Sequence[Row], columns: Mapping[str, str], title: str) -> Table:
     """Means over the matrices of each type of layer, and of all; of up to two columns the lowest and highest too.
 
+    Matrices of which a number is not defined are left out of its means.
+
+
     Args:
         rows: one for each matrix.
         columns: keys of the rows and how their numbers are written, such as `.3f`.
@@ -84,15 +88,20 @@ def layer_table(rows: Sequence[Row], columns: Mapping[str, str], title: str) -> 
         table.add_column(name.replace("_", " "), justify="right")
     groups = by_layer(rows)
     for layer, members in groups.items():
-        cells = (spread([float(row[name]) for row in members], form) for name, form in columns.items())
+        cells = (spread(_numbers(members, name), form) for name, form in columns.items())
         table.add_row(layer, str(len(members)), *cells, end_section=layer == list(groups)[-1])
-    cells = (spread([float(row[name]) for row in rows], form) for name, form in columns.items())
+    cells = (spread(_numbers(rows, name), form) for name, form in columns.items())
     table.add_row("all", str(len(rows)), *cells)
     return table
 
 
+def _numbers(rows: Sequence[Row], name: str) -> list[float]:
+    values = (float(row[name]) for row in rows)
+    return [value for value in values if not math.isnan(value)]
+
+
 def _mean(values: Sequence[float], form: str) -> str:
-    return format(statistics.fmean(values), form)
+    return format(statistics.fmean(values), form) if values else "-"
 
 
 def _spread(values: Sequence[float], form: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -69,7 +70,7 @@ def churn(
         rows.append({**row, **steps, **since})
     keys = [key for key in rows[0] if key not in ("matrix", "layer", "depth")]
     table = layer_table(rows, dict.fromkeys(keys, ".2%"), f"Selection replaced, {label_of(config)}")
-    figure, axes = canvas(min(len(keys), 4), width=5.0)
+    figure, axes = canvas(min(len(keys), 4), math.ceil(len(keys) / 4), width=5.0)
     top = 100 * max(float(row[key]) for row in rows for key in keys)
     for one, key in zip(axes, keys, strict=False):
         percent = [{**row, key: 100 * float(row[key])} for row in rows]
@@ -128,6 +129,7 @@ def positions(model: Checkpoint, config: SelectionConfig, progress: Progress, de
     for place in progress(model.places):
         weight = model.read(place).to(device)
         chosen = select_indices(weight, config)
+        chance = select_indices(weight, replace(config, criterion="random", lra_rank=None, keep="largest"))
         ranking.add(weight)
         found.append(
             {
@@ -138,22 +140,26 @@ def positions(model: Checkpoint, config: SelectionConfig, progress: Progress, de
                 "entries": weight.numel(),
                 "in_busiest_rows": share_in_busiest(chosen, place.shape, 0),
                 "in_busiest_columns": share_in_busiest(chosen, place.shape, 1),
+                "random_in_busiest_rows": share_in_busiest(chance, place.shape, 0),
+                "random_in_busiest_columns": share_in_busiest(chance, place.shape, 1),
             }
         )
     density = sum(row["selected"] for row in found) / sum(row["entries"] for row in found)
     rows = [{**row, "global_share": share} for row, share in zip(found, ranking.shares(density), strict=True)]
     columns = dict.fromkeys(("in_busiest_rows", "in_busiest_columns", "global_share"), ".1%")
+    chances = [sum(row[f"random_in_busiest_{lines}"] for row in found) / len(found) for lines in ("rows", "columns")]
     table = layer_table(rows, columns, f"Where the entries lie, {label_of(config)}")
     table.caption = (
-        f"{table.caption}; share of the selected entries in the busiest tenth of rows and columns (10% if even); "
-        f"share of a matrix's entries that would be selected if the best {density:.1%} of all matrices were"
+        f"{table.caption}; share of the selected entries in the busiest tenth of rows and columns (of random ones "
+        f"{chances[0]:.1%} and {chances[1]:.1%}); share of a matrix's entries that would be selected if the best "
+        f"{density:.1%} of all matrices were"
     )
     figure, (first, second, third) = canvas(3)
     percent = [{key: 100 * v if key in columns else v for key, v in row.items()} for row in rows]
     over_depth(first, percent, "in_busiest_rows", "in the busiest tenth of the rows, %")
     over_depth(second, percent, "in_busiest_columns", "in the busiest tenth of the columns, %", legend=False)
     over_depth(third, percent, "global_share", "selected if all matrices compete, %", legend=False)
-    for axes, level in ((first, 10), (second, 10), (third, 100 * density)):
+    for axes, level in ((first, 100 * chances[0]), (second, 100 * chances[1]), (third, 100 * density)):
         axes.axhline(level, color="black", linestyle=":", linewidth=1)
         axes.set_ylim(bottom=0)
     return Findings("positions", rows, table, figure)

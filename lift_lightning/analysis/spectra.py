@@ -5,6 +5,8 @@ Letters: M, N rows and columns of the matrix; S = min(M, N) singular values; k l
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,18 +62,21 @@ def stable_rank(values: Tensor) -> float:
 
 
 def top_directions(shape: tuple[int, int], directions: int | None) -> int:
-    """How many directions make the top eigenspace of a matrix: what was asked for, or the default."""
-    return min(DIRECTIONS, max(1, min(shape) // SMALLEST_PART)) if directions is None else directions
+    """How many directions make the top eigenspace of a matrix: what was asked for, as far as it has so many."""
+    return min(DIRECTIONS, max(1, min(shape) // SMALLEST_PART)) if directions is None else min(directions, *shape)
 
 
 def leading_right_vectors(matrix: Tensor, k: int) -> Tensor:
-    """(N, min(k, S)) right singular vectors of the largest singular values, orthonormal, in float64.
+    """(N, k') right singular vectors of the largest singular values, orthonormal, in float64.
 
-    From the exact solver of `low_rank_factors`, whose right factor spans them. The directions within the span may be
-    turned; what is made of them here does not depend on it.
+    k' is k, or the number of singular values above 1e-7 of the largest where there are fewer: what belongs to zero is
+    any direction. From the exact solver of `low_rank_factors`, whose right factor spans them. The directions within the
+    span may be turned; what is made of them here does not depend on it.
     """
     factors = low_rank_factors(matrix, k, solver="exact")
-    vectors, _ = torch.linalg.qr(factors.right.double().T)
+    values = factors.left.double().norm(dim=0) * factors.right.double().norm(dim=1)
+    kept = int((values > 1e-7 * values[0]).sum())
+    vectors, _ = torch.linalg.qr(factors.right.double().T[:, :kept])
     return vectors
 
 
@@ -85,13 +90,16 @@ def alignment_score(before: Tensor, after: Tensor) -> float:
         before: (N, k) orthonormal columns.
         after: (N, k), likewise.
 
+    Returns:
+        NaN if one has fewer directions than the other, or none: there is no top eigenspace of that size.
+
     Raises:
-        ValueError: if they are of different shapes.
+        ValueError: if they are of different spaces.
     """
-    if before.shape != after.shape:
-        raise ValueError(
-            f"top eigenspaces of one size are compared, got {tuple(before.shape)} and {tuple(after.shape)}"
-        )
+    if before.shape[0] != after.shape[0]:
+        raise ValueError(f"eigenspaces of one space are compared, got {tuple(before.shape)} and {tuple(after.shape)}")
+    if before.shape != after.shape or before.shape[1] == 0:
+        return math.nan
     return float((after.T @ before).square().sum() / before.shape[1])
 
 
@@ -99,10 +107,10 @@ def energy_shares(values: Tensor) -> Tensor:
     """(S,) share of the squared Frobenius norm that the first 1, 2, ..., S directions hold.
 
     Args:
-        values: (S,) singular values, descending, not all zero.
+        values: (S,) singular values, descending; all shares of a matrix of zeros are 0.
     """
     squares = values.square()
-    return squares.cumsum(0) / squares.sum()
+    return squares.cumsum(0) / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny)
 
 
 def share_held(matrix: Tensor, indices: Tensor) -> float:
@@ -113,4 +121,4 @@ def share_held(matrix: Tensor, indices: Tensor) -> float:
         indices: (K,) flat indices.
     """
     squares = matrix.detach().double().square().flatten()
-    return float(squares[indices.long()].sum() / squares.sum())
+    return float(squares[indices.long()].sum() / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny))

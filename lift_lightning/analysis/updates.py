@@ -61,7 +61,7 @@ def compare_matrix(before: Tensor, after: Tensor, k: int) -> Update:
     values = singular_spectrum(difference)
     return Update(
         changed=float((difference != 0).double().mean()),
-        norm=float(difference.norm() / before.norm()),
+        norm=float(difference.norm() / before.norm().clamp(min=torch.finfo(before.dtype).tiny)),
         rank=numerical_rank(values, tuple(before.shape)),
         effective_rank=effective_rank(values),
         stable_rank=stable_rank(values),
