@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -66,7 +65,8 @@ def train(method: str, lr: float, seed: int, options: Mapping[str, object], *, s
         split: of the target's and the bridge's questions; the source has none for validation.
 
     Returns:
-        Losses of each step, accuracies and losses of the skills, counts, figures of the update of each matrix.
+        Losses of each step, accuracies and losses of the skills, counts, figures of the update of each matrix; None
+        for what is not finite, and no updates where the weights are not.
     """
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         given = {
@@ -103,8 +103,8 @@ def train(method: str, lr: float, seed: int, options: Mapping[str, object], *, s
         "state_bytes": optimizer.state_bytes(),
         "seconds": round(seconds, 1),
         "refreshes": refreshes,
-        "losses": [significant(loss, 5) if math.isfinite(loss) else None for loss in steps.losses],
-        "updates": updates(model),
+        "losses": [significant(loss, 5) for loss in steps.losses],
+        "updates": updates(model) if all(p.isfinite().all() for p in model.parameters()) else {},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def source_at(runs: Sequence[Run], level: float = LEVEL) -> float | None:
         level: of the target.
 
     Returns:
-        None if no run reaches it.
+        None if no run reaches it. Where the lowest rate does already, that run's.
     """
     before: Run | None = None
     for run in runs:
@@ -141,7 +142,7 @@ def main_table(folder: Path = RUNS, methods: Iterable[str] = METHODS) -> str:
         rows.append(
             [
                 METHODS[method][0],
-                f"{runs[0]['lr']:g}",
+                _rate(runs[0]["lr"]),
                 str(len(runs)),
                 *(percent(accuracy(runs, skill)) for skill in SKILLS),
                 "not reached" if kept is None else f"{100 * kept:.0f}%",
@@ -149,8 +150,21 @@ def main_table(folder: Path = RUNS, methods: Iterable[str] = METHODS) -> str:
                 f"{runs[0]['state_bytes'] / 2**20:.2f}",
             ]
         )
-    heads = ["", "best rate", "seeds", *SKILLS, f"source at {LEVEL:.0%} target", "numbers trained", "state, MiB"]
+    heads = [
+        "",
+        "best rate",
+        "seeds",
+        *SKILLS,
+        f"source at {LEVEL:.0%} target (seed 0)",
+        "numbers trained",
+        "state, MiB",
+    ]
     return markdown(heads, rows)
+
+
+def _rate(lr: float) -> str:
+    """With a mark where it is an end of the grid, and a better one may lie beyond."""
+    return f"{lr:g}{' (end)' if lr in (min(RATES), max(RATES)) else ''}"
 
 
 def headline_table(folder: Path = RUNS) -> str:
@@ -186,8 +200,8 @@ def draw_losses(folder: Path = RUNS, window: int = 10) -> Figure:
     groups = (SHOWN, tuple(method for method in METHODS if method not in SHOWN or method == "lift"))
     for axes, methods in zip(every, groups, strict=True):
         for i, method in enumerate(method for method in methods if method in found):
-            curves = [[loss for loss in run["losses"] if loss is not None] for run in found[method]]
-            mean = [statistics.fmean(values) for values in zip(*curves, strict=False)]
+            curves = [[math.nan if loss is None else loss for loss in run["losses"]] for run in found[method]]
+            mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
             smooth = [statistics.fmean(mean[max(0, j - window + 1) : j + 1]) for j in range(len(mean))]
             label = f"{METHODS[method][0]} ({found[method][0]['lr']:g})"
             axes.plot(range(1, len(smooth) + 1), smooth, label=label, linewidth=1.2, color=style(i)["color"])

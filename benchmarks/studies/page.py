@@ -30,7 +30,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": learning_results.rate_table,
     "learning": learning_results.main_table,
     "headline": learning_results.headline_table,
-    "variants": learning_results.variant_table,
     "updates": learning_results.update_table,
     "memory": memory_results.large_table,
     "memory_check": memory_results.check_table,
@@ -42,7 +41,6 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "frontier": learning_results.draw_frontier,
     "learning": learning_results.draw_main,
     "losses": learning_results.draw_losses,
-    "variants": learning_results.draw_variants,
     "updates": learning_results.draw_updates,
     "memory": memory_results.draw,
 }

@@ -7,6 +7,7 @@ at all.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -69,6 +70,6 @@ class Store:
         return path
 
 
-def significant(value: float, digits: int = 6) -> float:
-    """The value with so many significant digits, as files are smaller with."""
-    return float(f"{value:.{digits}g}")
+def significant(value: float, digits: int = 6) -> float | None:
+    """The value with so many significant digits, as files are smaller with; None for NaN and infinity."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
