@@ -140,6 +140,7 @@ def test_stable_rank_is_frobenius_norm_over_spectral_norm():
         ((7, 7), None, 1),
         ((16, 100), 5, 5),
         ((4096, 4096), 200, 200),
+        ((16, 100), 50, 16),
     ],
 )
 def test_the_top_eigenspace_has_128_directions_or_an_eighth_unless_others_are_asked_for(shape, asked, expected):
@@ -162,11 +163,15 @@ def test_no_more_vectors_than_singular_values():
     assert leading_right_vectors(random_matrix(9, 5), 7).shape == (5, 5)
 
 
-def test_leading_right_vectors_of_a_matrix_without_that_many_directions_are_orthonormal():
-    found = leading_right_vectors(of_rank(20, 30, 2), 6)
-    torch.testing.assert_close(found.T @ found, torch.eye(6, dtype=torch.float64))
-    own = leading_of_full_svd(of_rank(20, 30, 2), 2)
-    torch.testing.assert_close((found.T @ own).square().sum(0), torch.ones(2, dtype=torch.float64))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_matrix_has_no_more_leading_right_vectors_than_its_rank(shape):
+    matrix = of_rank(*shape, 2)
+    found, expected = leading_right_vectors(matrix, 6), leading_of_full_svd(matrix, 2)
+    assert found.shape == (shape[1], 2)
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, rtol=0, atol=1e-6)
+    assert leading_right_vectors(torch.zeros(shape), 6).shape == (shape[1], 0)
+    scaled = torch.diag(torch.tensor([1e6, 1.0, 1e-2, 0.0]))  # 1e-8 of the largest is rounding
+    assert leading_right_vectors(scaled, 4).shape == (4, 2)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -203,9 +208,13 @@ def test_a_random_eigenspace_has_k_of_n():
     assert sum(scores) / len(scores) == pytest.approx(8 / 40, abs=0.02)
 
 
-def test_eigenspaces_of_different_sizes_are_not_compared():
-    with pytest.raises(ValueError, match=r"of one size are compared, got \(30, 4\) and \(30, 5\)"):
-        alignment_score(torch.zeros(30, 4), torch.zeros(30, 5))
+def test_eigenspaces_of_different_sizes_have_no_score():
+    """As of a matrix that had fewer directions before than after."""
+    basis = torch.eye(30, dtype=torch.float64)
+    assert math.isnan(alignment_score(basis[:, :4], basis[:, :5]))
+    assert math.isnan(alignment_score(basis[:, :0], basis[:, :0]))
+    with pytest.raises(ValueError, match=r"of one space are compared, got \(30, 4\) and \(20, 4\)"):
+        alignment_score(torch.zeros(30, 4), torch.zeros(20, 4))
 
 
 # ------------------------------------------------------------------ energy
@@ -228,6 +237,11 @@ def test_the_share_held_is_a_sum_over_entries(dtype):
     assert share_held(matrix, indices.int()) == pytest.approx(held / total, rel=1e-12)
     assert share_held(matrix, torch.arange(54)) == pytest.approx(1)
     assert share_held(matrix, torch.arange(0)) == 0
+
+
+def test_a_matrix_of_zeros_has_no_energy():
+    assert energy_shares(torch.zeros(4, dtype=torch.float64)).tolist() == [0.0] * 4
+    assert share_held(torch.zeros(3, 4), torch.arange(5)) == 0
 
 
 # ------------------------------------------------------------------ updates
@@ -271,6 +285,13 @@ def test_no_update_is_of_rank_zero_and_turns_nothing():
     assert (found.changed, found.norm, found.rank, found.effective_rank, found.stable_rank) == (0, 0, 0, 0, 0)
     assert found.alignment == pytest.approx(1)
     assert found.spectral_norm_before == found.spectral_norm_after
+
+
+def test_an_update_of_a_matrix_of_zeros_has_a_size():
+    found = compare_matrix(torch.zeros(6, 8), torch.eye(6, 8), 2)
+    assert (found.changed, found.rank, found.spectral_norm_before) == (6 / 48, 6, 0)
+    assert math.isfinite(found.norm)
+    assert math.isnan(found.alignment)
 
 
 def test_matrices_of_different_shapes_are_not_compared():

@@ -114,6 +114,14 @@ NOT_RUN = {
     "bash benchmarks/merge_deltas.sh": "needs a real model and its rows, and half an hour",
     "pip install -c constraints.txt -e .": "changes the environment of the tests; tests/test_packaging.py installs",
 }
+NOT_RUN |= {
+    "python -m benchmarks.studies.page": "writes into the repository; tests/test_studies.py checks what it writes",
+    "python -m benchmarks.studies.toy": "takes some minutes, and what was run is not run again",
+    "python -m benchmarks.studies.random_matrices": "takes a quarter of an hour",
+    "python -m benchmarks.studies.perturbation": "needs a real model and its data, and an hour",
+    "python -m benchmarks.studies.learning --jobs 2": "takes hours; tests/test_studies.py makes one run",
+    "python -m benchmarks.studies.memory": "needs a real model; tests/test_analysis_memory.py measures too",
+}
 # Of docs/glue.md: they need GLUE, or models of the hub. tests/test_glue.py runs such commands on rows made there.
 NOT_RUN |= dict.fromkeys(
     (
@@ -299,7 +307,7 @@ def run_command(command: str, things: dict[str, str]) -> None:
     """A command of `python main.py`, in this process, as the dispatcher runs it."""
     words = [fill_in(word, things) for word in shlex.split(command)]
     args = words[2:] if words[0] == "python" else words[1:]
-    if args[0] not in ("export", "predict", "perplexity", "delta") and "--help" not in args:
+    if args[0] not in ("export", "predict", "perplexity", "delta", "analyze") and "--help" not in args:
         fit = ["fit" if args[0] in ("run", "data") else args[0], *args[1:]]
         settings = parsed([word for word in fit if word != "--print_config"])
         Path("smaller.yaml").write_text(yaml.safe_dump(smaller(settings, things)), encoding="utf-8")
@@ -481,7 +489,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_mkdocs
 def test_the_site_builds_and_has_every_page_and_option(site: Path):
     for page in PAGES[2:]:
-        assert (site / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file()
+        built = site / page.relative_to(ROOT / "docs").with_suffix(".html")
+        assert (built.with_stem("index") if page.stem == "README" else built).is_file()
     text = (site / "reference/configuration.html").read_text(encoding="utf-8")
     for option in ("model.accumulate_grad_batches", "lift.lra_rank", "data.allow_leaked", "trainer.precision"):
         assert option in text

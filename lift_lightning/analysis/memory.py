@@ -261,9 +261,10 @@ def draw(axes: Any, found: dict[str, Footprint], title: str, *, legend: bool = T
     """Stacked bars of the parts, and a mark at the peak."""
     labels: Sequence[str] = list(found)
     base = [0.0] * len(labels)
+    colours = (*COLOURS[:-1], "#999999")  # black is the mark's
     for i, part in enumerate(PARTS):
         sizes = [getattr(found[label], part) / GIB for label in labels]
-        axes.bar(labels, sizes, bottom=base, label=part, color=COLOURS[i], width=0.6)
+        axes.bar(labels, sizes, bottom=base, label=part, color=colours[i], width=0.6)
         base = [a + b for a, b in zip(base, sizes, strict=True)]
     peaks = [found[label].peak / GIB for label in labels]
     axes.plot(labels, peaks, "_", color="black", markersize=28, markeredgewidth=2, label="peak of a step")
