@@ -84,7 +84,8 @@ class EigenspaceMonitor(pl.Callback):
                 "EigenspaceMonitor needs whole matrices, and FSDP splits them over devices: leave the callback out, or "
                 "use DDP or a single device"
             )
-        self._look(trainer)
+        if not self._before:  # else a checkpoint is resumed
+            self._look(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

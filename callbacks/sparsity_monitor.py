@@ -66,6 +66,9 @@ class SparsityMonitor(pl.Callback):
                 "SparsityMonitor needs whole selections, and FSDP splits them over devices: leave the callback out, or "
                 "use DDP or a single device"
             )
+        self._looked = trainer.global_step
+        if self._last and optimizer.has_selection():  # of the checkpoint that is resumed, which was looked at
+            self._seen = {name: weakref.ref(optimizer.indices(p)) for name, p, _ in optimizer.sparse_parameters()}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

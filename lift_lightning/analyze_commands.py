@@ -372,6 +372,8 @@ def perturb(
         raise ConfigError("answer is empty: say what should follow the prompt, or leave the prompt empty too")
     if text is None and choices is None and not prompt:
         raise ConfigError("there is nothing to measure: set text, prompt or choices")
+    if questions < 1:
+        raise ConfigError(f"questions must be at least 1, got {questions}")
     if not scales or min(scales) <= 0 or seeds < 1 or not lra_ranks or not directions:
         raise ConfigError(
             "scales above 0, seeds of at least 1, and at least one of lra_ranks and directions are needed"
@@ -387,6 +389,8 @@ def perturb(
         answer=answer,
         choices=asked,
     )
+    if text is not None and len(probes.text.split()) < 2:
+        raise ConfigError(f"{text!r} has hardly a word: there is no perplexity to measure")
     loaded, tokenizer = load_for_inference(model, device, dtype)
     found = perturbation(
         loaded,
@@ -457,7 +461,7 @@ def memory(
     from lift_lightning.analysis.memory import LABELS, Setting, findings, footprint
 
     kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     unknown = [name for name in methods if name not in LABELS]
     if unknown or not methods:

@@ -320,3 +320,17 @@ def test_which_way_experts_keep_their_matrices_is_seen_from_their_shapes_if_they
     assert [matrix.shape for matrix in down.matrices()] == [(6, 4)] * 3
     other = torch.randn(down.parameter.shape)
     assert torch.equal(down.matrices(other)[2], other[2].T if transposed else other[2])
+
+
+def test_types_of_layers_take_as_much_of_the_name_as_tells_them_apart():
+    names = [
+        f"encoder.layer.{i}.{part}.weight"
+        for i in range(2)
+        for part in ("attention.self.query", "attention.output.dense", "output.dense", "intermediate.dense")
+    ]
+    assert list(layer_types(names).values())[:4] == [
+        "query",
+        "attention.output.dense",
+        "*.output.dense",
+        "intermediate.dense",
+    ]

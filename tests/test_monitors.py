@@ -171,7 +171,7 @@ def monitored(folder: Path, stop_after: int, accumulate: int = 1, **settings: An
 
 @pytest.mark.parametrize(
     ("stop_after", "accumulate"),  # before a refresh, between two, after one or an epoch
-    [(2, 1), (4, 1), (6, 1), (7, 1), (9, 1), (4, 2), (6, 2), (7, 2), (9, 2)],
+    [(2, 1), (4, 1), (6, 1), (7, 1), (9, 1), (2, 2), (4, 2), (5, 2), (6, 2), (7, 2), (9, 2)],
 )
 def test_a_resumed_run_says_of_selections_what_the_whole_run_says(tmp_path: Path, stop_after: int, accumulate: int):
     whole, _ = monitored(tmp_path, stop_after, accumulate)

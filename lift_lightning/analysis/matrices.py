@@ -78,11 +78,20 @@ def places_of(targets: Sequence[Target]) -> Iterator[tuple[Target, int, Place]]:
 
 def layer_types(names: Sequence[str]) -> dict[str, str]:
     """`q_proj` for `model.layers.0.self_attn.q_proj.weight`; `attn.c_proj` where there is another kind of `c_proj`."""
-    kinds: dict[str, set[str]] = {}
-    parts = {name: name.removesuffix(".weight").split(".") for name in names}
-    for own in parts.values():
-        kinds.setdefault(own[-1], set()).add(".".join("*" if part.isdigit() else part for part in own))
-    return {name: own[-1] if len(kinds[own[-1]]) == 1 else ".".join(own[-2:]) for name, own in parts.items()}
+    starred = {}
+    for name in names:
+        *within, own = name.removesuffix(".weight").split(".")
+        starred[name] = ["*" if part.isdigit() else part for part in within] + [own]
+    kinds = {tuple(parts) for parts in starred.values()}
+
+    def shortest(parts: list[str]) -> str:
+        for length in range(1, len(parts)):
+            end = tuple(parts[-length:])
+            if sum(kind[-length:] == end for kind in kinds) == 1:
+                return ".".join(end)
+        return ".".join(parts)
+
+    return {name: shortest(parts) for name, parts in starred.items()}
 
 
 @contextmanager

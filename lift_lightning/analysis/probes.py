@@ -65,6 +65,9 @@ def log_likelihoods(
             is the continuation.
         texts: (prompt, continuation) pairs.
         batch_size: sequences at a time.
+
+    Raises:
+        ConfigError: if a continuation adds no token.
     """
     encoded = []
     for prompt, continuation in texts:
@@ -73,6 +76,9 @@ def log_likelihoods(
         shared = next(
             (i for i, (a, b) in enumerate(zip(own, whole, strict=False)) if a != b), min(len(own), len(whole))
         )
+        shared = max(1, shared)  # the first token has nothing before it
+        if shared >= len(whole):
+            raise ConfigError(f"{continuation!r} adds no token to {prompt[-40:]!r}: there is nothing to expect")
         encoded.append((whole, shared))
     found = [0.0] * len(texts)
     # Prompts of one length together: of each batch only what follows the shortest is scored.
