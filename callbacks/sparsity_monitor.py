@@ -23,8 +23,8 @@ class SparsityMonitor(pl.Callback):
     have; `selection_since_first/LAYER`, the share that the first one did not have; and `selection_ever/LAYER`, the
     share of the matrices' entries that was selected at any time, which is what a delta will hold. Works in any project
     whose optimizer is a `SparseAdamW`, beside `MaskRefreshCallback`; what it keeps goes into checkpoints. It looks at
-    selections only: between refreshes it costs nothing. It keeps up to three index vectors in the CPU's memory: the
-    first selection, the last, and all that was ever selected.
+    selections only: between refreshes it costs next to nothing. It keeps up to three index vectors in the CPU's memory:
+    the first selection, the last, and all that was ever selected.
 
     Attributes:
         history: (step, metrics) of every selection of the last fit.

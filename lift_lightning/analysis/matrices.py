@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,6 +31,9 @@ class Place:
     layer: str
     depth: int
     shape: tuple[int, int]
+
+
+Progress = Callable[[Iterable[Place]], Iterable[Place]]  # wraps what is read, such as `rich.progress.track`
 
 
 class Checkpoint:

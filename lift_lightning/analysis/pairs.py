@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lift_lightning.analysis.matrices import Checkpoint, Place
+from lift_lightning.analysis.matrices import Checkpoint, Place, Progress
 from lift_lightning.analysis.plots import LEGEND, canvas, over_depth, style
 from lift_lightning.analysis.report import Findings, layer_table
 from lift_lightning.analysis.spectra import (
@@ -21,8 +21,6 @@ from lift_lightning.analysis.spectra import (
     stable_rank,
     top_directions,
 )
-
-Progress = Callable[[Iterable[Place]], Iterable[Place]]
 
 # Histogram of log10 |update|: from 1e-9 to 10 in tenths of a decade; what is exactly zero is counted apart.
 _LOWEST, _HIGHEST, _PER_DECADE = -9, 1, 10

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lift_lightning.analysis.masks import GlobalRanking, overlap, replaced, share_in_busiest
-from lift_lightning.analysis.matrices import Checkpoint, Place
+from lift_lightning.analysis.matrices import Checkpoint, Progress
 from lift_lightning.analysis.plots import LEGEND, canvas, heat_map, over_depth, style
 from lift_lightning.analysis.report import Findings, Row, layer_table
 from lift_lightning.analysis.spectra import effective_rank, energy_shares, share_held, singular_spectrum, stable_rank
 from lift_lightning.selection import select_indices
 from lift_lightning.selection_config import SelectionConfig
-
-Progress = Callable[[Iterable[Place]], Iterable[Place]]
 
 
 def label_of(config: SelectionConfig) -> str:
