@@ -33,6 +33,9 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 # its end was the best rate of all that train entries. They draw the line of target against source, and have no part in
 # the choice.
 RATES_BETWEEN = (5.5e-4, 1.7e-3, 5.5e-3, 1.8e-2)
+# At the rate that is best for the target alone nearly all of the source is lost, so the methods are also compared at the
+# lowest of the eight rates whose run for tuning reached this much of the target.
+LEARNED = 0.85
 # LIFT's settings are varied at this rate and not at the best one, where nothing of the source is left to be compared.
 VARIANT_RATE = 3e-3
 TUNING_SEED, SEEDS, FEWER_SEEDS = 0, (1, 2, 3, 4, 5), (1, 2, 3)
@@ -41,7 +44,7 @@ COMPONENTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 COMPONENT_BUDGET = 65_536  # in each; half of k_proj's entries, a tenth of up_proj's
 INTERVALS = (5, 20, 100)
 DIRECTIONS = ("smallest", "random", "hybrid")
-LRA_RANKS = (2, 4, 8, 32, 64, 128)
+LRA_RANKS = (2, 4, 8, 32, 64, 128, 256)  # 16 as it is; k_proj and v_proj have 128 rows, all others 256
 DENSITIES = (0.01, 0.02, 0.1, 0.2)
 HEAT_RANKS, HEAT_LRA_RANKS, HEAT_SEEDS = (2, 8, 32), (4, 16, 64), (1, 2)
 
@@ -108,11 +111,11 @@ def heat_variants() -> list[tuple[str, dict[str, object]]]:
     ]
 
 
-def variant_cases(lr: float = VARIANT_RATE) -> list[Case]:
+def variant_cases(lr: float = VARIANT_RATE, seeds: Iterable[int] = FEWER_SEEDS) -> list[Case]:
     """All of them, and what they vary, seed after seed."""
     variants = [("", {}), *(variant for values in lift_variants().values() for variant in values)]
     found = []
-    for seed in FEWER_SEEDS:
+    for seed in seeds:
         found += [Case("lift", lr, seed, name, options) for name, options in variants]
         if seed in HEAT_SEEDS:
             found += [Case("lift", lr, seed, name, options) for name, options in heat_variants()]
@@ -120,11 +123,13 @@ def variant_cases(lr: float = VARIANT_RATE) -> list[Case]:
 
 
 def all_cases(store: Store) -> list[Case]:
-    """What is known to be run so far, in order: the rates of the grid first, since the rest needs the best of them."""
+    """What is known to be run so far, in order: rates first, since the rest needs them; one seed of a setting first."""
     found = tuning_cases()
-    rates = chosen_rates(store)
-    if len(rates) == len(METHODS):
+    if len(rates := chosen_rates(store)) == len(METHODS):
         found += main_cases(rates, FEWER_SEEDS) + tuning_cases(rates=RATES_BETWEEN) + main_cases(rates)
+        found += variant_cases(seeds=FEWER_SEEDS[:1])
+        if all(store.has(case.name) for case in tuning_cases(rates=RATES_BETWEEN)):
+            found += main_cases(lowest_rates(store), FEWER_SEEDS)
         found += variant_cases()
     return list({case.name: case for case in found}.values())
 
@@ -136,6 +141,16 @@ def chosen_rates(store: Store) -> dict[str, float]:
         cases = tuning_cases([method])
         if all(store.has(case.name) for case in cases):
             found[method] = min((store.load(case.name) for case in cases), key=_rating)["lr"]
+    return found
+
+
+def lowest_rates(store: Store, level: float = LEARNED) -> dict[str, float]:
+    """Of each method that reaches a level of the target in its runs for tuning: the lowest rate that does."""
+    found: dict[str, float] = {}
+    for case in sorted(tuning_cases(rates=(*RATES, *RATES_BETWEEN)), key=lambda case: case.lr):
+        if case.method not in found and store.has(case.name):
+            if store.load(case.name)["accuracy"]["target"] >= level:
+                found[case.method] = case.lr
     return found
 
 

@@ -17,6 +17,7 @@ from benchmarks.studies.learning_cases import (
     HEAT_LRA_RANKS,
     HEAT_RANKS,
     HEAT_SEEDS,
+    LEARNED,
     LRA_RANKS,
     METHODS,
     RATES,
@@ -34,7 +35,6 @@ from lift_lightning.analysis.plots import LEGEND, canvas, style
 
 SKILLS = ("target", "source", "bridge")
 ALL_RATES = tuple(sorted((*RATES, *RATES_BETWEEN)))
-LEVEL = 0.85  # of the target's accuracy, at which the source is compared: most methods reach it, at some rate
 # What is drawn as a line of its own; the others are shown together.
 HEADLINE = ("full", "lora", "dora", "pissa", "lift", "magnitude", "random")
 SHOWN = ("full", "lora", "pissa", "lift", "lift-smallest", "magnitude", "random")
@@ -111,7 +111,7 @@ def main_runs(folder: Path = RUNS) -> dict[str, list[Run]]:
     return {method: runs for method, runs in found.items() if runs}
 
 
-def source_at(runs: Sequence[Run], level: float = LEVEL) -> float | None:
+def source_at(runs: Sequence[Run], level: float = LEARNED) -> float | None:
     """Source accuracy where the target reaches a level first, with rising rate; between two runs in a straight line.
 
     Args:
@@ -155,7 +155,7 @@ def main_table(folder: Path = RUNS, methods: Iterable[str] = METHODS) -> str:
         "best rate",
         "seeds",
         *SKILLS,
-        f"source at {LEVEL:.0%} target (seed 0)",
+        f"source at {LEARNED:.0%} target (seed 0)",
         "numbers trained",
         "state, MiB",
     ]
