@@ -1,16 +1,16 @@
 """Study 4: learning and forgetting on the bundled model. `python -m benchmarks.studies.learning [--jobs 2]`.
 
-Every method of `learning_cases.METHODS` at the four rates of one grid, on validation questions and a seed of its own;
-then five fresh seeds at the best rate; then rates between those of the grid, and three fresh seeds at the lowest rate
-that learns the target; then LIFT's settings, one changed at a time. 200 steps of 16 rows, budgets matched. What was run
-is not run again; `--only NAME` runs one case.
+Every method of `learning_cases.METHODS` at the eight rates of one grid, on validation questions and a seed of its own;
+then five fresh seeds at the best rate, and three at the two rates between which 85% of the target is learned; then
+LIFT's settings, one changed at a time. 200 steps of 16 rows, budgets matched. What was run is not run again;
+`--only NAME` runs one case.
 
 What was expected, written before the first run: the source kept better by LIFT than by LoRA and full fine-tuning, and
 about as well by magnitude; the target learned by all within a few points, LIFT a little behind; the smallest entries
 worse than the largest at the same rate; the choice of the rate to matter more for forgetting than the method.
 
-Before the seeds at the lowest rate, after the table of the rates of one seed: LIFT and random entries to keep nine
-tenths of the source, within each other's intervals, PiSSA and Spectral Adapter hardly less, full fine-tuning half, LoRA
+Before the seeds around 85% of the target, with the runs of one seed seen: LIFT and random entries to keep nine tenths
+of the source there, within each other's intervals, PiSSA and Spectral Adapter hardly less, full fine-tuning half, LoRA
 a tenth. Before the settings, of which none had been run: more entries, more learned and more forgotten; the smallest
 directions no better than random ones; a fixed mask to learn less; approximations of rank 4 to 64 alike.
 """

@@ -5,7 +5,7 @@ Every case has a name that its settings give, so that a run which several questi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.studies.records import Run, Store
@@ -15,6 +15,12 @@ BUDGET = 143_360
 METHODS: dict[str, tuple[str, str, dict[str, object]]] = {
     # name: label, file of configs/methods/, settings
     "full": ("full fine-tuning", "full", {}),
+    # AdamW on every entry of the matrices that the others train; "full" has embeddings and norms besides.
+    "full-matrices": (
+        "full, matrices only",
+        "magnitude",
+        {"lift.rank": "null", "lift.density": 1.0, "lift.interval": "null"},
+    ),
     "lora": ("LoRA", "lora", {}),
     "dora": ("DoRA", "dora", {}),
     "pissa": ("PiSSA", "pissa", {}),
@@ -28,16 +34,17 @@ METHODS: dict[str, tuple[str, str, dict[str, object]]] = {
     "gradient": ("gradient", "gradient", {}),
     "random": ("random", "random", {}),
 }
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-# Added when the grid was done: its steps are so wide that the best rate for the target had lost the source already, and
-# its end was the best rate of all that train entries. They draw the line of target against source, and have no part in
-# the choice.
-RATES_BETWEEN = (5.5e-4, 1.7e-3, 5.5e-3, 1.8e-2)
-# At the rate that is best for the target alone nearly all of the source is lost, so the methods are also compared at the
-# lowest of the eight rates whose run for tuning reached this much of the target.
+# The first grid was every second one of these. Its end was then the best rate of most that train entries, and its steps
+# so wide that the best rate had lost the source already, so it was made twice as fine and longer, for all alike.
+RATES = (3e-4, 5.5e-4, 1e-3, 1.7e-3, 3e-3, 5.5e-3, 1e-2, 1.8e-2)
+# At the rate that is best for the target alone nearly all of the source is lost. So the methods are also compared where
+# they have learned this much of it: on both sides, at two neighbours of the grid. Decided after the first grid was run.
 LEARNED = 0.85
 # LIFT's settings are varied at this rate and not at the best one, where nothing of the source is left to be compared.
 VARIANT_RATE = 3e-3
+# What changes the number of entries, or where they all lie, wants other rates: one seed at three each.
+SIZE_RATES = {"component": (3e-3, 1e-2, 1.8e-2), "density": (1.7e-3, 3e-3, 1e-2)}
+SIZE_SEED = 1
 TUNING_SEED, SEEDS, FEWER_SEEDS = 0, (1, 2, 3, 4, 5), (1, 2, 3)
 
 COMPONENTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -77,7 +84,7 @@ class Case:
 
 
 def tuning_cases(methods: Iterable[str] = METHODS, rates: Iterable[float] = RATES) -> list[Case]:
-    """Every method at every rate of the grid, or at those between."""
+    """Every method at every rate."""
     return [Case(method, lr, TUNING_SEED, tuning=True) for method in methods for lr in rates]
 
 
@@ -86,18 +93,29 @@ def main_cases(rates: Mapping[str, float], seeds: Iterable[int] = SEEDS) -> list
     return [Case(method, rates[method], seed) for seed in seeds for method in METHODS if method in rates]
 
 
+def bracket_cases(brackets: Mapping[str, Sequence[float]], seeds: Iterable[int] = FEWER_SEEDS) -> list[Case]:
+    """Every method on both sides of the level, seed after seed."""
+    return [Case(method, lr, seed) for seed in seeds for method, rates in brackets.items() for lr in rates]
+
+
 def lift_variants() -> dict[str, list[tuple[str, dict[str, object]]]]:
     """LIFT's settings, one changed at a time: question, and for each value its name and options."""
     return {
         "interval": [("fixed", {"lift.interval": "null"})]
         + [(f"interval{n}", {"lift.interval": n}) for n in INTERVALS],
         "directions": [(f"directions-{name}", {"lift.directions": name}) for name in DIRECTIONS],
+        "lra_rank": [(f"lra{r}", {"lift.lra_rank": r}) for r in LRA_RANKS],
+    }
+
+
+def size_variants() -> dict[str, list[tuple[str, dict[str, object]]]]:
+    """Where the entries lie, and how many they are."""
+    return {
         "component": [
             (name, {"model.target_modules": name, "lift.rank": "null", "lift.count": COMPONENT_BUDGET})
             for name in COMPONENTS
         ],
         "density": [(f"density{d:g}", {"lift.rank": "null", "lift.density": d}) for d in DENSITIES],
-        "lra_rank": [(f"lra{r}", {"lift.lra_rank": r}) for r in LRA_RANKS],
     }
 
 
@@ -112,7 +130,7 @@ def heat_variants() -> list[tuple[str, dict[str, object]]]:
 
 
 def variant_cases(lr: float = VARIANT_RATE, seeds: Iterable[int] = FEWER_SEEDS) -> list[Case]:
-    """All of them, and what they vary, seed after seed."""
+    """What is varied at one rate, and LIFT as it is, seed after seed."""
     variants = [("", {}), *(variant for values in lift_variants().values() for variant in values)]
     found = []
     for seed in seeds:
@@ -122,15 +140,23 @@ def variant_cases(lr: float = VARIANT_RATE, seeds: Iterable[int] = FEWER_SEEDS) 
     return found
 
 
+def size_cases() -> list[Case]:
+    """What is varied at three rates."""
+    return [
+        Case("lift", lr, SIZE_SEED, name, options)
+        for question, values in size_variants().items()
+        for name, options in values
+        for lr in SIZE_RATES[question]
+    ]
+
+
 def all_cases(store: Store) -> list[Case]:
     """What is known to be run so far, in order: rates first, since the rest needs them; one seed of a setting first."""
     found = tuning_cases()
-    if len(rates := chosen_rates(store)) == len(METHODS):
-        found += main_cases(rates, FEWER_SEEDS) + tuning_cases(rates=RATES_BETWEEN) + main_cases(rates)
-        found += variant_cases(seeds=FEWER_SEEDS[:1])
-        if all(store.has(case.name) for case in tuning_cases(rates=RATES_BETWEEN)):
-            found += main_cases(lowest_rates(store), FEWER_SEEDS)
-        found += variant_cases()
+    if all(store.has(case.name) for case in found):
+        rates = chosen_rates(store)
+        found += main_cases(rates, FEWER_SEEDS) + bracket_cases(brackets(store)) + main_cases(rates)
+        found += variant_cases(seeds=FEWER_SEEDS[:1]) + size_cases() + variant_cases()
     return list({case.name: case for case in found}.values())
 
 
@@ -144,13 +170,17 @@ def chosen_rates(store: Store) -> dict[str, float]:
     return found
 
 
-def lowest_rates(store: Store, level: float = LEARNED) -> dict[str, float]:
-    """Of each method that reaches a level of the target in its runs for tuning: the lowest rate that does."""
-    found: dict[str, float] = {}
-    for case in sorted(tuning_cases(rates=(*RATES, *RATES_BETWEEN)), key=lambda case: case.lr):
-        if case.method not in found and store.has(case.name):
-            if store.load(case.name)["accuracy"]["target"] >= level:
-                found[case.method] = case.lr
+def brackets(store: Store, level: float = LEARNED) -> dict[str, tuple[float, float]]:
+    """Of each method whose grid is done and reaches a level of the target: the rate below, and the lowest that does.
+
+    Of a method that does at the lowest rate already, that and the next.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for method in chosen_rates(store):
+        reached = [store.load(case.name)["accuracy"]["target"] >= level for case in tuning_cases([method])]
+        if any(reached):
+            first = max(reached.index(True), 1)
+            found[method] = (RATES[first - 1], RATES[first])
     return found
 
 
