@@ -6,11 +6,16 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from benchmarks.studies.records import Store
 
 ROOT = Path(__file__).parents[1]
 RUNS = sorted((ROOT / "benchmarks/studies/runs").rglob("*.json"))
@@ -86,9 +91,9 @@ def test_the_best_rate_has_the_best_accuracy_then_the_lowest_loss(tmp_path: Path
     from benchmarks.studies.records import Store
 
     store = Store("learning", tmp_path)
-    found = zip(tuning_cases(["lift"]), (0.2, 0.9, 0.9, 0.1), (3.0, 0.5, 0.4, 0.1), strict=True)
-    for i, (case, accuracy, loss) in enumerate(found):
-        if i == 3:
+    accuracies, losses = (0.2, 0.9, 0.9, *[0.1] * 5), (3.0, 0.5, 0.4, *[0.1] * 5)
+    for i, (case, accuracy, loss) in enumerate(zip(tuning_cases(["lift"]), accuracies, losses, strict=True)):
+        if i == 7:
             assert chosen_rates(store) == {}  # not before the grid is done
         store.save(case.name, "", 0, {"lr": case.lr, "accuracy": {"target": accuracy}, "loss": {"target": loss}})
     assert chosen_rates(store) == {"lift": RATES[2]}
@@ -132,6 +137,68 @@ def test_source_at_a_level_of_the_target(points: list[tuple[float, float]], kept
 
     runs = [{"accuracy": {"target": target, "source": source}} for target, source in points]
     assert source_at(runs) == (None if kept is None else pytest.approx(kept))
+
+
+def _tuned(store: Store, method: str, targets: Sequence[float]) -> None:
+    from benchmarks.studies.learning_cases import tuning_cases
+
+    for case, target in zip(tuning_cases([method]), targets, strict=True):
+        store.save(case.name, "", 0, {"lr": case.lr, "accuracy": {"target": target}, "loss": {"target": 1.0}})
+
+
+def test_a_level_is_bracketed_by_neighbours_of_the_grid(tmp_path: Path):
+    from benchmarks.studies.learning_cases import RATES, brackets
+    from benchmarks.studies.records import Store
+
+    store = Store("learning", tmp_path)
+    assert brackets(store) == {}
+    _tuned(store, "lift", (0.1, 0.2, 0.3, 0.84, 0.86, 0.8, 0.9, 0.9))
+    _tuned(store, "full", (0.85, 0.9, 0.9, 0.5, 0.4, 0.3, 0.2, 0.1))
+    _tuned(store, "lift-mlp", [0.5] * len(RATES))
+    assert brackets(store) == {"full": RATES[:2], "lift": RATES[3:5]}
+    assert brackets(store, 0.87) == {"full": RATES[:2], "lift": RATES[5:7]}
+
+
+def test_every_seed_is_run_on_both_sides_of_a_level(tmp_path: Path):
+    from benchmarks.studies.learning_cases import RATES, Case, bracket_cases
+    from benchmarks.studies.records import Store
+
+    def rates() -> tuple[float, ...]:
+        return tuple(case.lr for case in bracket_cases(store, "lift", 1))
+
+    def reach(lr: float, target: float) -> None:
+        store.save(Case("lift", lr, 1).name, "", 1, {"accuracy": {"target": target}})
+
+    store = Store("learning", tmp_path)
+    assert rates() == ()
+    _tuned(store, "lift", (0.1, 0.2, 0.3, 0.84, 0.86, 0.8, 0.9, 0.9))
+    assert rates() == RATES[3:5]
+    reach(RATES[4], 0.7)
+    assert rates() == RATES[3:6]
+    reach(RATES[5], 0.9)
+    reach(RATES[3], 0.6)
+    assert rates() == RATES[3:6]
+    reach(RATES[3], 0.9)
+    assert rates() == RATES[2:6]
+    reach(RATES[2], 0.9)
+    reach(RATES[1], 0.9)
+    reach(RATES[0], 0.9)
+    assert rates() == RATES[:6]  # there is no lower one
+
+
+def test_only_matrices_that_changed_count_for_the_update():
+    from benchmarks.studies.learning_results import entries_changed
+    from benchmarks.studies.update_results import update_figures
+
+    changed = {"changed": 0.5, "rank": 64.0, "effective_rank": 32.0, "stable_rank": 4.0, "norm": 0.1}
+    changed |= {"alignment": 0.9, "spectral_norm_before": 2.0, "spectral_norm_after": 3.0}
+    still = dict.fromkeys(changed, 0.0) | {"alignment": 1.0, "spectral_norm_before": 1.0}
+    names = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "kq"]
+    run = {"updates": dict(zip(names, (changed, still), strict=True))}
+    assert entries_changed(run) == 0.5 * 128 * 256
+    figures = update_figures(run)
+    assert (figures["rank"], figures["effective_rank"]) == (0.5, 0.25)
+    assert (figures["alignment"], figures["spectral_norm"]) == (0.9, 1.5)
 
 
 def test_the_toy_targets_are_as_they_are_read():

@@ -5,7 +5,7 @@ Every case has a name that its settings give, so that a run which several questi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.studies.records import Run, Store
@@ -93,11 +93,6 @@ def main_cases(rates: Mapping[str, float], seeds: Iterable[int] = SEEDS) -> list
     return [Case(method, rates[method], seed) for seed in seeds for method in METHODS if method in rates]
 
 
-def bracket_cases(brackets: Mapping[str, Sequence[float]], seeds: Iterable[int] = FEWER_SEEDS) -> list[Case]:
-    """Every method on both sides of the level, seed after seed."""
-    return [Case(method, lr, seed) for seed in seeds for method, rates in brackets.items() for lr in rates]
-
-
 def lift_variants() -> dict[str, list[tuple[str, dict[str, object]]]]:
     """LIFT's settings, one changed at a time: question, and for each value its name and options."""
     return {
@@ -155,7 +150,9 @@ def all_cases(store: Store) -> list[Case]:
     found = tuning_cases()
     if all(store.has(case.name) for case in found):
         rates = chosen_rates(store)
-        found += main_cases(rates, FEWER_SEEDS) + bracket_cases(brackets(store)) + main_cases(rates)
+        found += main_cases(rates, FEWER_SEEDS)
+        found += [case for seed in FEWER_SEEDS for method in METHODS for case in bracket_cases(store, method, seed)]
+        found += main_cases(rates)
         found += variant_cases(seeds=FEWER_SEEDS[:1]) + size_cases() + variant_cases()
     return list({case.name: case for case in found}.values())
 
@@ -182,6 +179,28 @@ def brackets(store: Store, level: float = LEARNED) -> dict[str, tuple[float, flo
             first = max(reached.index(True), 1)
             found[method] = (RATES[first - 1], RATES[first])
     return found
+
+
+def bracket_cases(store: Store, method: str, seed: int, level: float = LEARNED) -> list[Case]:
+    """A fresh seed on both sides of a level of the target, by rising rate.
+
+    At the two rates that the run for tuning says; then one step up the grid as long as this seed has not reached it,
+    one step down as long as it has, so that it lies between neighbours of the grid for each seed.
+    """
+    around = brackets(store, level).get(method)
+    if around is None:
+        return []
+    low, high = (RATES.index(lr) for lr in around)
+    while high + 1 < len(RATES) and _reached(store, Case(method, RATES[high], seed), level) is False:
+        high += 1
+    while low > 0 and _reached(store, Case(method, RATES[low], seed), level):
+        low -= 1
+    return [Case(method, lr, seed) for lr in RATES[low : high + 1]]
+
+
+def _reached(store: Store, case: Case, level: float) -> bool | None:
+    """None of what has not been run."""
+    return store.load(case.name)["accuracy"]["target"] >= level if store.has(case.name) else None
 
 
 def _rating(run: Run) -> tuple[float, float]:

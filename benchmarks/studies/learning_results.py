@@ -1,4 +1,4 @@
-"""Tables and figures of studies 4 and 5, of the runs that are there."""
+"""Tables and figures of study 4, of the runs that are there."""
 
 from __future__ import annotations
 
@@ -12,21 +12,15 @@ from matplotlib.figure import Figure
 
 from benchmarks.studies.learning import STUDY
 from benchmarks.studies.learning_cases import (
-    COMPONENTS,
     FEWER_SEEDS,
-    HEAT_LRA_RANKS,
-    HEAT_RANKS,
-    HEAT_SEEDS,
     LEARNED,
-    LRA_RANKS,
     METHODS,
     RATES,
-    RATES_BETWEEN,
     SEEDS,
-    VARIANT_RATE,
     Case,
+    bracket_cases,
+    brackets,
     chosen_rates,
-    lift_variants,
     tuning_cases,
 )
 from benchmarks.studies.records import RUNS, Run, Store
@@ -34,9 +28,10 @@ from benchmarks.studies.summary import Interval, interval, markdown, written
 from lift_lightning.analysis.plots import LEGEND, canvas, style
 
 SKILLS = ("target", "source", "bridge")
-ALL_RATES = tuple(sorted((*RATES, *RATES_BETWEEN)))
 # What is drawn as a line of its own; the others are shown together.
 HEADLINE = ("full", "lora", "dora", "pissa", "lift", "magnitude", "random")
+SHAPES = {"q": (256, 256), "k": (128, 256), "v": (128, 256), "o": (256, 256)}
+SHAPES |= {"gate": (640, 256), "up": (640, 256), "down": (256, 640)}
 SHOWN = ("full", "lora", "pissa", "lift", "lift-smallest", "magnitude", "random")
 
 
@@ -61,18 +56,18 @@ def percent(found: Interval) -> str:
 def rate_table(folder: Path = RUNS) -> str:
     """Validation accuracy on the target and accuracy on the source at every rate; the chosen one in bold."""
     store = Store(STUDY, folder)
-    rates, chosen = ALL_RATES, chosen_rates(store)
+    chosen = chosen_rates(store)
     rows = []
     for method, (label, _, _) in METHODS.items():
         cells = []
-        for lr in rates:
+        for lr in RATES:
             runs = runs_of(store, tuning_cases([method], [lr]))
             text = (
                 f"{100 * runs[0]['accuracy']['target']:.0f} / {100 * runs[0]['accuracy']['source']:.0f}" if runs else ""
             )
             cells.append(f"**{text}**" if chosen.get(method) == lr else text)
         rows.append([label, *cells])
-    return markdown(["target / source, %", *(f"{lr:g}" for lr in rates)], rows)
+    return markdown(["target / source, %", *(f"{lr:g}" for lr in RATES)], rows)
 
 
 def draw_frontier(folder: Path = RUNS) -> Figure:
@@ -82,7 +77,7 @@ def draw_frontier(folder: Path = RUNS) -> Figure:
     groups = (SHOWN, tuple(method for method in METHODS if method not in SHOWN or method == "lift"))
     for axes, methods in zip(every, groups, strict=True):
         for i, method in enumerate(methods):
-            runs = runs_of(store, tuning_cases([method], ALL_RATES))
+            runs = runs_of(store, tuning_cases([method]))
             _path(axes, runs, METHODS[method][0], i)
         _skill_axes(axes)
         axes.legend(fontsize=8, loc="lower left", **LEGEND)
@@ -99,16 +94,60 @@ def _skill_axes(axes: Axes) -> None:
     axes.set(xlim=(-3, 103), ylim=(-3, 103))
 
 
-# ---------------------------------------------------------------- the best rate, five seeds
+# ---------------------------------------------------------------- fresh seeds
 
 
 def main_runs(folder: Path = RUNS) -> dict[str, list[Run]]:
     """The five seeds of each method at its best rate."""
     store = Store(STUDY, folder)
-    found = {
-        method: runs_of(store, [Case(method, lr, seed) for seed in SEEDS]) for method, lr in chosen_rates(store).items()
-    }
+    found = {method: runs_of(store, [Case(method, lr, n) for n in SEEDS]) for method, lr in chosen_rates(store).items()}
     return {method: runs for method, runs in found.items() if runs}
+
+
+def main_table(folder: Path = RUNS) -> str:
+    """Accuracies with intervals at the best rate, entries trained and changed, memory."""
+    rows = []
+    for method, runs in main_runs(folder).items():
+        rows.append(
+            [
+                METHODS[method][0],
+                _rate(runs[0]["lr"]),
+                str(len(runs)),
+                *(percent(accuracy(runs, skill)) for skill in SKILLS),
+                f"{runs[0]['trained']:,}",
+                f"{statistics.fmean(entries_changed(run) for run in runs):,.0f}",
+                mebibytes(runs[0]),
+            ]
+        )
+    heads = ["", "best rate", "seeds", *SKILLS, "numbers trained at a time", "entries changed in the end"]
+    return markdown([*heads, "state and gradients, MiB"], rows)
+
+
+def entries_changed(run: Run) -> float:
+    """Of the 28 matrices: with a mask that is chosen anew, more than are trained at a time."""
+    return sum(one["changed"] * math.prod(shape_of(name)) for name, one in run["updates"].items())
+
+
+def shape_of(name: str) -> tuple[int, int]:
+    """(M, N) of a matrix of the bundled model."""
+    return SHAPES[name.rsplit(".", 2)[1].removesuffix("_proj")]
+
+
+def mebibytes(run: Run) -> str:
+    """Of the optimizer's state and the gradients, which a sparse state has in it and a dense one beside it.
+
+    Full fine-tuning of the matrices alone was run as a mask of everything, and takes what no one would spend on it.
+    """
+    method = run["case"]["method"]
+    if method == "full-matrices":
+        return ""
+    beside = 0 if run["refreshes"] else 4 * run["trained"]
+    return f"{(run['state_bytes'] + beside) / 2**20:.2f}"
+
+
+def _rate(lr: float) -> str:
+    """With a mark where it is an end of the grid, and a better one may lie beyond."""
+    return f"{lr:g}{' (end)' if lr in (min(RATES), max(RATES)) else ''}"
 
 
 def source_at(runs: Sequence[Run], level: float = LEARNED) -> float | None:
@@ -133,64 +172,100 @@ def source_at(runs: Sequence[Run], level: float = LEARNED) -> float | None:
     return None
 
 
-def main_table(folder: Path = RUNS, methods: Iterable[str] = METHODS) -> str:
-    """Accuracies with intervals at the best rate, the source at a level of the target, trained numbers and state."""
-    store, rows, found = Store(STUDY, folder), [], main_runs(folder)
-    for method in (method for method in methods if method in found):
-        runs = found[method]
-        kept = source_at(runs_of(store, tuning_cases([method], ALL_RATES)))
+def sources_at(store: Store, method: str, level: float = LEARNED) -> dict[int, float | None]:
+    """The same of every seed that was run on both sides of the level."""
+    found = {}
+    for seed in FEWER_SEEDS:
+        cases = bracket_cases(store, method, seed, level)
+        if cases and all(store.has(case.name) for case in cases):
+            found[seed] = source_at(runs_of(store, [Case(method, lr, seed) for lr in RATES]), level)
+    return found
+
+
+def level_table(folder: Path = RUNS) -> str:
+    """Target and source on both sides of the level, the source at it, and how much more of it LIFT has."""
+    store, rows = Store(STUDY, folder), []
+    lift = _reached(sources_at(store, "lift"))
+    for method, rates in brackets(store).items():
+        sides = [runs_of(store, [Case(method, lr, seed) for seed in FEWER_SEEDS]) for lr in rates]
+        if not all(sides):
+            continue
+        cells = [
+            f"{lr:g}: {100 * accuracy(runs, 'target').mean:.0f} / {100 * accuracy(runs, 'source').mean:.0f}"
+            for lr, runs in zip(rates, sides, strict=True)
+        ]
+        sources = sources_at(store, method)
+        reached = _reached(sources)
+        pairs = [100 * (lift[seed] - reached[seed]) for seed in reached if seed in lift]
         rows.append(
             [
                 METHODS[method][0],
-                _rate(runs[0]["lr"]),
-                str(len(runs)),
-                *(percent(accuracy(runs, skill)) for skill in SKILLS),
-                "not reached" if kept is None else f"{100 * kept:.0f}%",
-                f"{runs[0]['trained']:,}",
-                f"{runs[0]['state_bytes'] / 2**20:.2f}",
+                *cells,
+                f"{len(reached)} of {len(sources)}",
+                percent(interval(list(reached.values()))) if reached else "",
+                written(interval(pairs), ".1f") if pairs and method != "lift" else "",
             ]
         )
     heads = [
-        "",
-        "best rate",
-        "seeds",
-        *SKILLS,
-        f"source at {LEARNED:.0%} target (seed 0)",
-        "numbers trained",
-        "state, MiB",
+        "below: target / source, %",
+        "above: target / source, %",
+        "seeds that reach it",
+        f"source at {LEARNED:.0%}",
     ]
-    return markdown(heads, rows)
+    return markdown(["", *heads, "LIFT's less this, points"], rows)
 
 
-def _rate(lr: float) -> str:
-    """With a mark where it is an end of the grid, and a better one may lie beyond."""
-    return f"{lr:g}{' (end)' if lr in (min(RATES), max(RATES)) else ''}"
+def _reached(sources: Mapping[int, float | None]) -> dict[int, float]:
+    return {seed: source for seed, source in sources.items() if source is not None}
 
 
 def headline_table(folder: Path = RUNS) -> str:
-    """The same of the methods that are asked for most."""
-    return main_table(folder, HEADLINE)
+    """Of the methods that are asked for most: the source at the level, target and source at the best rate, memory."""
+    store, best, rows = Store(STUDY, folder), main_runs(folder), []
+    for method in (method for method in HEADLINE if method in best):
+        reached = list(_reached(sources_at(store, method)).values())
+        kept = percent(interval(reached)) if reached else ""
+        at_best = [percent(accuracy(best[method], skill)) for skill in ("target", "source")]
+        rows.append([METHODS[method][0], kept, *at_best, mebibytes(best[method][0])])
+    heads = [f"source at {LEARNED:.0%} target", "best rate: target", "source", "state and gradients, MiB"]
+    return markdown(["", *heads], rows)
 
 
 def draw_main(folder: Path = RUNS) -> Figure:
-    """Target against source with 95% intervals."""
-    figure, (axes,) = canvas(width=6.4, height=4.8)
-    for i, (method, runs) in enumerate(main_runs(folder).items()):
-        source, target = accuracy(runs, "source"), accuracy(runs, "target")
-        axes.errorbar(
-            100 * source.mean,
-            100 * target.mean,
-            xerr=100 * source.half,
-            yerr=100 * target.half,
-            label=f"{METHODS[method][0]} ({runs[0]['lr']:g})",
-            capsize=2,
-            markersize=6,
-            linewidth=1.2,
-            **style(i),
-        )
-    _skill_axes(axes)
-    axes.legend(fontsize=7, loc="lower right", ncols=2, **LEGEND)
+    """Every seed, means and 95% intervals: the source where the target is learned, and both at the best rate."""
+    store = Store(STUDY, folder)
+    figure, (first, second) = canvas(2, width=5.8, height=4.8)
+    kept = {method: list(_reached(sources_at(store, method)).values()) for method in brackets(store)}
+    kept = {method: sources for method, sources in kept.items() if sources}
+    row_by_row(first, kept)
+    first.set(xlabel="source accuracy, %", title=f"where {LEARNED:.0%} of the target is learned")
+    best = main_runs(folder)
+    remarks = {method: f" ({runs[0]['lr']:g})" for method, runs in best.items()}
+    for offset, skill, fill in ((-0.15, "target", "full"), (0.15, "source", "none")):
+        shares = {method: [run["accuracy"][skill] for run in runs] for method, runs in best.items()}
+        row_by_row(second, shares, offset, fill, remarks)
+    second.set(xlabel="accuracy on target (filled) and source (open), %", title="at the best rate for the target")
     return figure
+
+
+def row_by_row(
+    axes: Axes,
+    series: Mapping[str, Sequence[float]],
+    offset: float = 0.0,
+    fill: str = "full",
+    remarks: Mapping[str, str] | None = None,
+) -> None:
+    """Shares of each method in a row: every seed in grey, their mean and its interval."""
+    looks = {method: style(i) for i, method in enumerate(METHODS)}
+    for i, (method, values) in enumerate(series.items()):
+        one, height = interval(values), i + offset
+        axes.plot([100 * value for value in values], [height] * len(values), "|", color="grey", markersize=7)
+        half = {"xerr": 100 * one.half, "capsize": 2, "fillstyle": fill, "markersize": 6}
+        axes.errorbar(100 * one.mean, height, **half, **looks[method])
+    labels = [f"{METHODS[method][0]}{(remarks or {}).get(method, '')}" for method in series]
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlim(-3, 103)
 
 
 def draw_losses(folder: Path = RUNS, window: int = 10) -> Figure:
@@ -207,173 +282,4 @@ def draw_losses(folder: Path = RUNS, window: int = 10) -> Figure:
             axes.plot(range(1, len(smooth) + 1), smooth, label=label, linewidth=1.2, color=style(i)["color"])
         axes.set(xlabel="step", ylabel="training loss", yscale="log")
         axes.legend(fontsize=8, **LEGEND)
-    return figure
-
-
-# ---------------------------------------------------------------- LIFT's settings
-
-
-def variant_runs(store: Store, name: str) -> list[Run]:
-    """The seeds of one variant; the empty name is LIFT as it is."""
-    return runs_of(store, [Case("lift", VARIANT_RATE, seed, name) for seed in FEWER_SEEDS])
-
-
-def variant_table(folder: Path = RUNS) -> str:
-    """Accuracies of every variant."""
-    store = Store(STUDY, folder)
-    rows = []
-    titles = {
-        "interval": "steps between refreshes (50)",
-        "directions": "singular directions (largest)",
-        "component": "one type of layer, 65,536 entries (all, 143,360)",
-        "density": "share of the entries (5.2%)",
-        "lra_rank": "rank of the approximation (16)",
-    }
-    rows.append(["LIFT as it is", "", *_variant_cells(variant_runs(store, ""))])
-    for question, values in lift_variants().items():
-        for name, _ in values:
-            if runs := variant_runs(store, name):
-                rows.append([titles[question], name, *_variant_cells(runs)])
-    return markdown(["what differs (as it is)", "", "seeds", *SKILLS], rows)
-
-
-def _variant_cells(runs: Sequence[Run]) -> list[str]:
-    if not runs:
-        return ["0", "", "", ""]
-    return [str(len(runs)), *(percent(accuracy(runs, skill)) for skill in SKILLS)]
-
-
-def draw_variants(folder: Path = RUNS) -> Figure:
-    """Accuracy on target and source against each setting."""
-    store = Store(STUDY, folder)
-    figure, every = canvas(3, 2, height=3.2)
-    numbers = {
-        "interval": {"interval5": "5", "interval20": "20", "": "50", "interval100": "100", "fixed": "never"},
-        "directions": {"": "largest", "directions-hybrid": "hybrid", "directions-random": "random"}
-        | {"directions-smallest": "smallest"},
-        "component": {name: name.removesuffix("_proj") for name in COMPONENTS},
-        "density": {"density0.01": "1", "density0.02": "2", "": "5.2", "density0.1": "10", "density0.2": "20"},
-        "lra_rank": _ranks_in_order(),
-    }
-    labels = {
-        "interval": "steps between refreshes",
-        "directions": "singular directions kept",
-        "component": "the one type of layer trained",
-        "density": "entries trained, %",
-        "lra_rank": "rank of the approximation (of 128 or 256)",
-    }
-    for axes, (question, names) in zip(every, numbers.items(), strict=False):
-        _variant_lines(axes, store, names)
-        axes.set(xlabel=labels[question], ylabel="accuracy, %", ylim=(-3, 103))
-    every[0].legend(fontsize=8, **LEGEND)
-    _heat(every[5], store)
-    return figure
-
-
-def _ranks_in_order() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for rank in sorted((*LRA_RANKS, 16)):
-        found["" if rank == 16 else f"lra{rank}"] = str(rank)
-    return found
-
-
-def _variant_lines(axes: Axes, store: Store, names: Mapping[str, str]) -> None:
-    there = {name: text for name, text in names.items() if variant_runs(store, name)}
-    for i, skill in enumerate(("target", "source")):
-        found = [accuracy(variant_runs(store, name), skill) for name in there]
-        means, halves = [100 * one.mean for one in found], [100 * one.half for one in found]
-        axes.errorbar(range(len(found)), means, halves, label=skill, capsize=2, markersize=5, linewidth=1.2, **style(i))
-    axes.set_xticks(range(len(there)), list(there.values()))
-
-
-def _heat(axes: Axes, store: Store) -> None:
-    values = [[_heat_cell(store, rank, lra) for lra in HEAT_LRA_RANKS] for rank in HEAT_RANKS]
-    axes.grid(visible=False)
-    axes.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-    axes.set_xticks(range(len(HEAT_LRA_RANKS)), [str(rank) for rank in HEAT_LRA_RANKS])
-    axes.set_yticks(range(len(HEAT_RANKS)), [str(rank) for rank in HEAT_RANKS])
-    axes.set(xlabel="rank of the approximation", ylabel="rank of the budget", title="target accuracy, %")
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black")
-
-
-def _heat_cell(store: Store, rank: int, lra: int) -> float:
-    name = f"rank{rank}-lra{lra}" if rank != 8 else f"lra{lra}"
-    runs = runs_of(store, [Case("lift", VARIANT_RATE, seed, name) for seed in HEAT_SEEDS])
-    return 100 * statistics.fmean(run["accuracy"]["target"] for run in runs) if runs else float("nan")
-
-
-# ---------------------------------------------------------------- study 5
-
-
-def update_figures(run: Run) -> dict[str, float]:
-    """Means over the matrices of a run; ranks as shares of the full one."""
-    updates = run["updates"]
-    full = {name: 128 if "k_proj" in name or "v_proj" in name else 256 for name in updates}
-    return {
-        "rank": statistics.fmean(one["rank"] / full[name] for name, one in updates.items()),
-        "effective_rank": statistics.fmean(one["effective_rank"] / full[name] for name, one in updates.items()),
-        "stable_rank": statistics.fmean(one["stable_rank"] for one in updates.values()),
-        "norm": statistics.fmean(one["norm"] for one in updates.values()),
-        "alignment": statistics.fmean(one["alignment"] for one in updates.values()),
-        "spectral_norm": statistics.fmean(
-            one["spectral_norm_after"] / one["spectral_norm_before"] for one in updates.values()
-        ),
-    }
-
-
-def update_table(folder: Path = RUNS) -> str:
-    """Of each method at its best rate: rank of the update, its size, turn of the top eigenspace."""
-    rows = []
-    for method, runs in main_runs(folder).items():
-        figures = [update_figures(run) for run in runs]
-        found = {key: interval([one[key] for one in figures]) for key in figures[0]}
-        rows.append(
-            [
-                METHODS[method][0],
-                f"{runs[0]['lr']:g}",
-                written(found["rank"], ".1f", percent=True),
-                written(found["effective_rank"], ".1f", percent=True),
-                written(found["stable_rank"], ".1f"),
-                written(found["norm"], ".1f", percent=True),
-                written(found["alignment"], ".3f"),
-                written(found["spectral_norm"], ".3f"),
-            ]
-        )
-    heads = ["", "rate", "rank, of full", "effective rank, of full", "stable rank", "norm, of the weights'"]
-    return markdown([*heads, "alignment", "spectral norm, of that before"], rows)
-
-
-def draw_updates(folder: Path = RUNS) -> Figure:
-    """Rank of the update at the best rates; alignment against the size of the update, over all rates."""
-    store = Store(STUDY, folder)
-    figure, (first, second) = canvas(2, width=5.8, height=4.4)
-    found = main_runs(folder)
-    for i, runs in enumerate(found.values()):
-        shares = interval([update_figures(run)["rank"] for run in runs])
-        effective = interval([update_figures(run)["effective_rank"] for run in runs])
-        for offset, one, fill in ((-0.15, shares, "full"), (0.15, effective, "none")):
-            first.errorbar(
-                100 * one.mean, i + offset, xerr=100 * one.half, capsize=2, fillstyle=fill, markersize=6, **style(i)
-            )
-    first.set_yticks(range(len(found)), [METHODS[method][0] for method in found], fontsize=8)
-    first.invert_yaxis()
-    first.set(xlabel="rank of the update (filled) and effective rank (open), % of full", xlim=(-3, 103))
-    for i, method in enumerate(SHOWN):
-        runs = runs_of(store, tuning_cases([method], ALL_RATES))
-        points = [update_figures(run) for run in runs]
-        second.plot(
-            [100 * one["norm"] for one in points],
-            [one["alignment"] for one in points],
-            label=METHODS[method][0],
-            markersize=5,
-            linewidth=1.1,
-            **style(i),
-        )
-    second.set(
-        xlabel="norm of the update, % of the weights'", ylabel="alignment of the top 16 directions", xscale="log"
-    )
-    second.set_ylim(0, 1.02)
-    second.legend(fontsize=8, **LEGEND)
     return figure

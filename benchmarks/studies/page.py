@@ -17,7 +17,7 @@ from collections.abc import Callable
 from matplotlib.figure import Figure
 
 from benchmarks.environment import ROOT
-from benchmarks.studies import learning_results, memory_results, small_results
+from benchmarks.studies import learning_results, memory_results, small_results, update_results, variant_results
 from benchmarks.studies.records import FIGURES
 
 PAGES = (FIGURES / "README.md", ROOT / "README.md")
@@ -28,9 +28,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "random_matrices": small_results.random_table,
     "perturbation": small_results.noise_table,
     "rates": learning_results.rate_table,
+    "level": learning_results.level_table,
     "learning": learning_results.main_table,
     "headline": learning_results.headline_table,
-    "updates": learning_results.update_table,
+    "variants": variant_results.variant_table,
+    "sizes": variant_results.size_table,
+    "updates": update_results.update_table,
     "memory": memory_results.large_table,
     "memory_check": memory_results.check_table,
 }
@@ -41,7 +44,8 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "frontier": learning_results.draw_frontier,
     "learning": learning_results.draw_main,
     "losses": learning_results.draw_losses,
-    "updates": learning_results.draw_updates,
+    "variants": variant_results.draw_variants,
+    "updates": update_results.draw_updates,
     "memory": memory_results.draw,
 }
 

@@ -47,8 +47,13 @@ def toy_table(folder: Path = RUNS) -> str:
 
 
 def _at_best(run: Run, curve: str) -> float:
+    """Of the best step, in a straight line between the two looks around it."""
     values = run["curves"][curve]
-    return values[min(run["best_step"] // run["every"], len(values) - 1)]
+    look, after = divmod(run["best_step"], run["every"])
+    if look >= len(values) - 1:
+        return values[-1]
+    part = after / run["every"]
+    return (1 - part) * values[look] + part * values[look + 1]
 
 
 def draw_toy(folder: Path = RUNS) -> Figure:
