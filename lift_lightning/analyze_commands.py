@@ -15,7 +15,7 @@ from lift_lightning.analysis.matrices import open_checkpoint, open_together
 from lift_lightning.analysis.report import check_output, write
 from lift_lightning.datamodules.sources import read_rows, read_text
 from lift_lightning.errors import ConfigError
-from lift_lightning.inference import load_for_inference
+from lift_lightning.inference import load_for_inference, pick_device
 from lift_lightning.models import load_config
 from lift_lightning.selection_config import DEFAULT_RANK, Directions, Keep, SelectionConfig
 
@@ -508,7 +508,7 @@ def _of_pair(
     from lift_lightning.analysis import pairs
 
     with open_together([base, trained], target_modules) as (before, after):
-        return _show(analysis(pairs)(before, after, _matrices, _device(device), **options), folder)
+        return _show(analysis(pairs)(before, after, _matrices, pick_device(device, float64=True), **options), folder)
 
 
 def _of_selections(
@@ -518,7 +518,7 @@ def _of_selections(
     _require_matplotlib()
     from lift_lightning.analysis import selections
 
-    return _show(look(selections, _device(device)), folder)
+    return _show(look(selections, pick_device(device, float64=True)), folder)
 
 
 def _show(found: Findings, folder: Path) -> Path:
@@ -531,13 +531,6 @@ def _show(found: Findings, folder: Path) -> Path:
 
 def _matrices(places: Iterable[Any]) -> Iterable[Any]:
     return track(places, "Reading matrices", console=Console(stderr=True))
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.device(name) if name else torch.accelerator.current_accelerator() or torch.device("cpu")
-    except RuntimeError as error:
-        raise ConfigError(f"device must be such as cpu or cuda:0, got {name!r}") from error
 
 
 def _require_matplotlib() -> None:
