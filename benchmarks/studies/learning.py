@@ -1,7 +1,7 @@
 """Study 4: learning and forgetting on the bundled model. `python -m benchmarks.studies.learning [--jobs 2]`.
 
 Every method of `learning_cases.METHODS` at the eight rates of one grid, on validation questions and a seed of its own;
-then five fresh seeds at the best rate, and three at the two rates between which 85% of the target is learned; then
+then five fresh seeds at the best rate, and three or five at rates between which 85% of the target is learned; then
 LIFT's settings, one changed at a time. 200 steps of 16 rows, budgets matched. What was run is not run again;
 `--only NAME` runs one case.
 

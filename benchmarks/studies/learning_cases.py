@@ -42,9 +42,11 @@ RATES = (3e-4, 5.5e-4, 1e-3, 1.7e-3, 3e-3, 5.5e-3, 1e-2, 1.8e-2)
 LEARNED = 0.85
 # LIFT's settings are varied at this rate and not at the best one, where nothing of the source is left to be compared.
 VARIANT_RATE = 3e-3
-# What changes the number of entries, or where they all lie, wants other rates: one seed at three each.
-SIZE_RATES = {"component": (3e-3, 1e-2, 1.8e-2), "density": (1.7e-3, 3e-3, 1e-2)}
+# What changes the number of entries, or where they all lie, wants other rates: one seed at some.
+SIZE_RATES = {"component": (1e-2, 1.8e-2), "density": (1.7e-3, 3e-3, 1e-2)}
 SIZE_SEED = 1
+# What most people ask for: more seeds around the level, and README's table.
+HEADLINE = ("full", "lora", "dora", "pissa", "lift", "magnitude", "random")
 TUNING_SEED, SEEDS, FEWER_SEEDS = 0, (1, 2, 3, 4, 5), (1, 2, 3)
 
 COMPONENTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -152,8 +154,11 @@ def all_cases(store: Store) -> list[Case]:
         rates = chosen_rates(store)
         found += main_cases(rates, FEWER_SEEDS)
         found += [case for seed in FEWER_SEEDS for method in METHODS for case in bracket_cases(store, method, seed)]
-        found += main_cases(rates)
-        found += variant_cases(seeds=FEWER_SEEDS[:1]) + size_cases() + variant_cases()
+        found += main_cases(rates) + variant_cases(seeds=FEWER_SEEDS[:1])
+        found += [
+            case for method in METHODS for seed in level_seeds(method) for case in bracket_cases(store, method, seed)
+        ]
+        found += size_cases() + variant_cases()
     return list({case.name: case for case in found}.values())
 
 
@@ -179,6 +184,11 @@ def brackets(store: Store, level: float = LEARNED) -> dict[str, tuple[float, flo
             first = max(reached.index(True), 1)
             found[method] = (RATES[first - 1], RATES[first])
     return found
+
+
+def level_seeds(method: str) -> tuple[int, ...]:
+    """What a method is run with around the level: five for those that are asked for most, three for the others."""
+    return SEEDS if method in HEADLINE else FEWER_SEEDS
 
 
 def bracket_cases(store: Store, method: str, seed: int, level: float = LEARNED) -> list[Case]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.studies.learning import STUDY
 from benchmarks.studies.learning_cases import (
-    FEWER_SEEDS,
+    HEADLINE,
     LEARNED,
     METHODS,
     RATES,
@@ -21,6 +21,7 @@ from benchmarks.studies.learning_cases import (
     bracket_cases,
     brackets,
     chosen_rates,
+    level_seeds,
     tuning_cases,
 )
 from benchmarks.studies.records import RUNS, Run, Store
@@ -28,10 +29,9 @@ from benchmarks.studies.summary import Interval, interval, markdown, written
 from lift_lightning.analysis.plots import LEGEND, canvas, style
 
 SKILLS = ("target", "source", "bridge")
-# What is drawn as a line of its own; the others are shown together.
-HEADLINE = ("full", "lora", "dora", "pissa", "lift", "magnitude", "random")
 SHAPES = {"q": (256, 256), "k": (128, 256), "v": (128, 256), "o": (256, 256)}
 SHAPES |= {"gate": (640, 256), "up": (640, 256), "down": (256, 640)}
+# Drawn in one panel; the others, beside LIFT, in another.
 SHOWN = ("full", "lora", "pissa", "lift", "lift-smallest", "magnitude", "random")
 
 
@@ -175,7 +175,7 @@ def source_at(runs: Sequence[Run], level: float = LEARNED) -> float | None:
 def sources_at(store: Store, method: str, level: float = LEARNED) -> dict[int, float | None]:
     """The same of every seed that was run on both sides of the level."""
     found = {}
-    for seed in FEWER_SEEDS:
+    for seed in level_seeds(method):
         cases = bracket_cases(store, method, seed, level)
         if cases and all(store.has(case.name) for case in cases):
             found[seed] = source_at(runs_of(store, [Case(method, lr, seed) for lr in RATES]), level)
@@ -187,7 +187,7 @@ def level_table(folder: Path = RUNS) -> str:
     store, rows = Store(STUDY, folder), []
     lift = _reached(sources_at(store, "lift"))
     for method, rates in brackets(store).items():
-        sides = [runs_of(store, [Case(method, lr, seed) for seed in FEWER_SEEDS]) for lr in rates]
+        sides = [runs_of(store, [Case(method, lr, seed) for seed in level_seeds(method)]) for lr in rates]
         if not all(sides):
             continue
         cells = [
