@@ -26,7 +26,7 @@ from benchmarks.studies.learning_cases import (
 )
 from benchmarks.studies.records import RUNS, Run, Store
 from benchmarks.studies.summary import Interval, interval, markdown, written
-from lift_lightning.analysis.plots import LEGEND, canvas, style
+from lift_lightning.analysis.plots import COLOURS, LEGEND, canvas, style
 
 SKILLS = ("target", "source", "bridge")
 SHAPES = {"q": (256, 256), "k": (128, 256), "v": (128, 256), "o": (256, 256)}
@@ -80,7 +80,7 @@ def draw_frontier(folder: Path = RUNS) -> Figure:
             runs = runs_of(store, tuning_cases([method]))
             _path(axes, runs, METHODS[method][0], i)
         _skill_axes(axes)
-        axes.legend(fontsize=8, loc="lower left", **LEGEND)
+        axes.legend(fontsize=8, loc="lower center", ncols=2, **LEGEND)
     return figure
 
 
@@ -279,7 +279,8 @@ def draw_losses(folder: Path = RUNS, window: int = 10) -> Figure:
             mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
             smooth = [statistics.fmean(mean[max(0, j - window + 1) : j + 1]) for j in range(len(mean))]
             label = f"{METHODS[method][0]} ({found[method][0]['lr']:g})"
-            axes.plot(range(1, len(smooth) + 1), smooth, label=label, linewidth=1.2, color=style(i)["color"])
+            line = "-" if i < len(COLOURS) else "--"
+            axes.plot(range(1, len(smooth) + 1), smooth, line, label=label, linewidth=1.2, color=style(i)["color"])
         axes.set(xlabel="step", ylabel="training loss", yscale="log")
         axes.legend(fontsize=8, **LEGEND)
     return figure
