@@ -186,6 +186,16 @@ def test_every_seed_is_run_on_both_sides_of_a_level(tmp_path: Path):
     assert rates() == RATES[:6]  # there is no lower one
 
 
+def test_shapes_are_those_of_the_bundled_model():
+    from benchmarks.studies.bundled import MODEL, matrices
+    from benchmarks.studies.learning_results import shape_of
+    from lift_lightning.models import load_model
+
+    found = {name: tuple(weight.shape) for name, weight in matrices(load_model(MODEL).model).items()}
+    assert len(found) == 28
+    assert {name: shape_of(name) for name in found} == found
+
+
 def test_only_matrices_that_changed_count_for_the_update():
     from benchmarks.studies.learning_results import entries_changed
     from benchmarks.studies.update_results import update_figures

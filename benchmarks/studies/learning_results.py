@@ -201,7 +201,7 @@ def level_table(folder: Path = RUNS) -> str:
             [
                 METHODS[method][0],
                 *cells,
-                f"{len(reached)} of {len(sources)}",
+                ", ".join("not reached" if one is None else f"{100 * one:.0f}" for one in sources.values()),
                 percent(interval(list(reached.values()))) if reached else "",
                 written(interval(pairs), ".1f") if pairs and method != "lift" else "",
             ]
@@ -209,8 +209,8 @@ def level_table(folder: Path = RUNS) -> str:
     heads = [
         "below: target / source, %",
         "above: target / source, %",
-        "seeds that reach it",
-        f"source at {LEARNED:.0%}",
+        f"source at {LEARNED:.0%}, seed by seed",
+        "mean",
     ]
     return markdown(["", *heads, "LIFT's less this, points"], rows)
 
